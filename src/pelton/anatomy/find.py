@@ -1,0 +1,152 @@
+"""Finding the blocks of any backbone: by the names of its layers where they suffice, by a row where they don't."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from pelton.anatomy.blocks import Anatomy, Block, Place
+from pelton.anatomy.rows import DEFAULT, ROWS, Row
+from pelton.errors import AnatomyError
+from pelton.methods import LINEAR_SITES
+
+_HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
+_MASKS = ("attention_mask", "mask")
+
+
+def find_anatomy(model: nn.Module) -> Anatomy:
+    """Finds the blocks and sites of a model; reads only names and sizes, so the meta device will do.
+
+    Raises:
+        AnatomyError: nothing in the model looks like a transformer block.
+    """
+    modules = dict(model.named_modules())
+    queries: dict[str, str] = {}
+    for name, module in modules.items():
+        if _is_linear(module) and _is_query(name, modules):
+            queries.setdefault(_block_of(name, modules), name)
+    model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
+    if not queries:
+        kinds = sorted({type(m).__name__ for m in modules.values() if not list(m.children())})
+        raise AnatomyError(
+            f"{type(model).__name__} ({model_type!r}) has no transformer blocks: expected query projections (such as "
+            f"q_proj or query) inside repeated blocks, found {', '.join(kinds[:8]) or 'no modules'}. Pass a "
+            "Transformer, or add a row to pelton.anatomy.rows."
+        )
+    names = sorted(queries, key=list(modules).index)
+    blocks = (_describe(name, index, queries[name], modules) for index, name in enumerate(names))
+    return Anatomy(model_type, tuple(blocks))
+
+
+def linear_sizes(module: nn.Module) -> tuple[int, int]:
+    """Returns the in and out features of a linear layer of any class (Conv1D and quantised ones too)."""
+    if hasattr(module, "in_features") and hasattr(module, "out_features"):
+        return int(module.in_features), int(module.out_features)
+    if hasattr(module, "nx") and hasattr(module, "nf"):  # transformers' Conv1D
+        return int(module.nx), int(module.nf)
+    raise AnatomyError(f"{type(module).__name__} is not a linear layer: expected in_features and out_features.")
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return (hasattr(module, "in_features") and hasattr(module, "out_features")) or type(module).__name__ == "Conv1D"
+
+
+def _is_query(name: str, modules: dict[str, nn.Module]) -> bool:
+    row = row_of(name, modules)
+    if re.search(row.cross, name):
+        return False
+    tail = ".".join(name.split(".")[-2:])
+    return any(re.fullmatch(p, tail) or re.fullmatch(p, name) for p in (row.sites["attn.q"], *row.fused))
+
+
+def row_of(name: str, modules: dict[str, nn.Module]) -> Row:
+    """Returns the row of the nearest module around `name` that holds a config."""
+    while name:
+        name = name.rpartition(".")[0]
+        model_type = getattr(getattr(modules[name], "config", None), "model_type", None)
+        if model_type is not None:
+            return ROWS.get(model_type, DEFAULT)
+    return DEFAULT
+
+
+def _block_of(query: str, modules: dict[str, nn.Module]) -> str:
+    """Returns the name of the block around a query projection: a checkpointed layer, or an item of a module list."""
+    around = list(_parents(query))
+    for name in around:
+        if isinstance(modules[name], GradientCheckpointingLayer):
+            return name
+    for name in around:
+        if isinstance(modules[name.rpartition(".")[0]], nn.ModuleList):
+            return name
+    return around[0]
+
+
+def _parents(name: str) -> Iterator[str]:
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
+
+
+def _describe(name: str, index: int, query: str, modules: dict[str, nn.Module]) -> Block:
+    row, block = row_of(query, modules), modules[name]
+    attention = query.removeprefix(name + ".").rpartition(".")[0]
+    attn = block.get_submodule(attention)
+    sites = _find_sites(block, row, attn)
+    missing = {site: "no layer of that role was found" for site in LINEAR_SITES if site not in sites}
+    head_dim = next((int(getattr(attn, a)) for a in _HEAD_DIM if getattr(attn, a, None)), 0)
+    if "attn.k" in sites and "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(attn).__module__]) and head_dim:
+        key = sites["attn.k"][0]
+        sites["attn"] = (Place(attention, key.in_features, key.out_features),)
+    else:
+        missing["attn"] = f"{type(attn).__name__} computes its attention outside transformers' attention interface"
+    config = getattr(attn, "config", None)
+    causal = bool(getattr(attn, "is_causal", getattr(config, "is_decoder", False)))
+    arguments = inspect.signature(attn.forward).parameters
+    return Block(
+        name=name,
+        index=index,
+        stack=name.rpartition(".")[0],
+        attention=attention,
+        hidden_size=next(iter(sites.values()))[0].in_features,
+        causal=causal if row.causal is None else row.causal,
+        sites=sites,
+        missing=missing,
+        kv_heads=sites["attn"][0].out_features // head_dim if "attn" in sites else 0,
+        head_dim=head_dim if "attn" in sites else 0,
+        norm=row.norm,
+        mask=next((m for m in _MASKS if m in arguments), None) if row.padding else None,
+    )
+
+
+def _find_sites(block: nn.Module, row: Row, attn: nn.Module) -> dict[str, tuple[Place, ...]]:
+    found: dict[str, list[Place]] = defaultdict(list)
+    for path, module in block.named_modules():
+        if not _is_linear(module) or re.search(row.cross, path):
+            continue
+        for site, pattern in row.sites.items():
+            if re.fullmatch(pattern, path):
+                found[site].append(Place(path, *linear_sizes(module)))
+        for pattern, parts in row.fused.items():
+            if re.fullmatch(pattern, path):
+                for site, place in zip(parts, _slices(path, module, attn), strict=True):
+                    found[site].append(place)
+    return {site: tuple(found[site]) for site in LINEAR_SITES if site in found}
+
+
+def _slices(path: str, module: nn.Module, attn: nn.Module) -> list[Place]:
+    """Queries, keys and values in a fused layer: Q heads first, then as many features for keys as for values."""
+    size_in, size_out = linear_sizes(module)
+    config = getattr(attn, "config", None)
+    heads = getattr(attn, "num_heads", None) or getattr(config, "num_attention_heads", None)
+    if not heads:
+        raise AnatomyError(f"{type(attn).__name__}.{path} is fused, but neither it nor its config says num_heads.")
+    head_dim = next(int(getattr(attn, a)) for a in _HEAD_DIM if hasattr(attn, a))
+    query = int(heads) * head_dim
+    key = (size_out - query) // 2
+    return [Place(path, size_in, n, start) for n, start in ((query, 0), (key, query), (key, query + key))]

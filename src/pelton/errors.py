@@ -1,0 +1,62 @@
+"""The exceptions of Pelton: one tree, each message says what came, what was expected and what to do.
+
+    PeltonError
+    ├── SpecError          a value in a method, gate or adapter configuration breaks a law
+    │   └── UnknownName    a method, gate, site, key, recipe or adapter name that does not exist
+    ├── AnatomyError       a backbone without blocks, or without a site that was asked for
+    ├── AdapterError       an adapter that cannot be saved, loaded, switched or merged
+    ├── RecipeError        a recipe that cannot be read, or that asks for what does not exist
+    ├── DataError          a data file, with its row and column
+    └── TrainingError      a run that cannot start, go on or be resumed
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PeltonError(Exception):
+    """The root: catch it to catch everything that Pelton raises on purpose."""
+
+
+class SpecError(PeltonError, ValueError):
+    """A value in a configuration breaks a law."""
+
+
+class UnknownName(SpecError):  # noqa: N818 - reads as the sentence it prints
+    """A name that is not in the list of what exists."""
+
+
+class AnatomyError(PeltonError, ValueError):
+    """A backbone lacks blocks or sites."""
+
+
+class AdapterError(PeltonError, ValueError):
+    """An adapter cannot be saved, loaded, switched or merged."""
+
+
+class RecipeError(PeltonError, ValueError):
+    """A recipe cannot be read or run."""
+
+
+class DataError(PeltonError, ValueError):
+    """A data file does not hold what a task needs."""
+
+
+class TrainingError(PeltonError, RuntimeError):
+    """A run cannot start, go on or be resumed."""
+
+
+def nearest(name: object, known: Iterable[str]) -> str | None:
+    """Returns the known name that is most like `name`, or None when nothing is alike."""
+    found = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def unknown(what: str, name: object, known: Iterable[str]) -> UnknownName:
+    """Builds the error for an unknown name: what it is, the nearest valid one, and the whole list."""
+    names = sorted(known)
+    guess = nearest(name, names)
+    hint = f" Did you mean {guess!r}?" if guess else ""
+    return UnknownName(f"Unknown {what} {name!r}.{hint} Known: {', '.join(names) or 'none'}.")

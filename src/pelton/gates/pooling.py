@@ -1,0 +1,45 @@
+"""From tokens to examples: the one place where gates pool, and the one where they learn what is padding."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Averages over tokens, padding left out.
+
+    Args:
+        x: [B, T, F].
+        mask: 1 for tokens and 0 for padding, [B, T]; None when nothing is padded.
+
+    Returns:
+        float32, [B, 1, F].
+    """
+    x = x.float()
+    if mask is None:
+        return x.mean(dim=1, keepdim=True)
+    weights = mask.to(x.dtype).expand(x.shape[:2])
+    total = weights.sum(dim=1).clamp_min(1.0)
+    return (weights[:, None] @ x) / total[:, None, None]  # a product: no masked copy of x
+
+
+def padding_of(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
+    """Reads off an attention mask which tokens are real, [B or 1, T], 1 or 0.
+
+    A token that is not padding may attend to itself under every pattern in use (full, causal, sliding window), so the
+    diagonal of a [B, 1, T, T] mask tells. Boolean and integer masks hold 1 for what is visible; additive masks hold 0.
+
+    Args:
+        attention_mask: [B, T], [B, 1, 1, T] or [B, 1, T, T]; None when nothing is padded.
+        tokens: T. A mask over more keys than tokens comes from decoding with a cache, one unpadded token at a time.
+    """
+    if attention_mask is None or attention_mask.shape[-1] != tokens:
+        return None
+    if attention_mask.dim() == 2:
+        seen = attention_mask
+    elif attention_mask.shape[-2] == 1:
+        seen = attention_mask[:, 0, 0]
+    else:
+        seen = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
+    additive = seen.is_floating_point() and attention_mask.dim() == 4
+    return seen > -1 if additive else seen != 0

@@ -1,0 +1,135 @@
+"""Gates that do not read the input: learned scalars, and constants.
+
+`ScalarGate`: g = sigmoid(θ), one θ per method and block. `init` is the *effective* weight: 0.01 means 0.01, so
+θ = logit(0.01), never the raw parameter (sigmoid(0.01) is 0.5025).
+
+`FixedGate`: constants in buffers, without gradient, the same in every block; several named stages if need be.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from pelton.errors import SpecError, unknown
+from pelton.gates.base import GATES, GateSpec, Place, StaticGate
+from pelton.registry import require
+
+Ratio = float | Mapping[str, float]
+"""One gate value for all methods, or one for each kind."""
+
+
+@GATES.register
+@dataclasses.dataclass(frozen=True)
+class ScalarGate(GateSpec):
+    """One learned value per method and block.
+
+    Attributes:
+        init: the effective gate value at the start, between 0 and 1.
+    """
+
+    kind: ClassVar[str] = "scalar"
+    static: ClassVar[bool] = True
+
+    init: float = 0.5
+
+    def __post_init__(self) -> None:
+        """Checks the range."""
+        require(0 < self.init < 1, "0 < init < 1", init=self.init)
+
+    def build(self, place: Place) -> ScalarGateModule:
+        """Makes the gate of one block."""
+        return ScalarGateModule(self, place)
+
+
+class ScalarGateModule(StaticGate):
+    """θ [M]."""
+
+    def __init__(self, spec: ScalarGate, place: Place) -> None:
+        """Makes θ = logit(init)."""
+        super().__init__(place.methods, "static")
+        self.theta = nn.Parameter(torch.full((len(place.methods),), math.log(spec.init / (1 - spec.init))))
+
+    def values(self) -> Tensor:
+        """Returns sigmoid(θ), [M]."""
+        return self.theta.float().sigmoid()
+
+
+@GATES.register
+@dataclasses.dataclass(frozen=True)
+class FixedGate(GateSpec):
+    """Constants: forced ratios, or 1.0 for plain methods without gates.
+
+    Attributes:
+        value: `0.5` for all methods, or `{"lora": 1.0, "prefix": 0.2}`.
+        stages: named ratios instead of `value`: `{"pretrain": 0.01, "finetune": 0.1}`.
+        stage: the stage to start in; the first when not given.
+    """
+
+    kind: ClassVar[str] = "fixed"
+    static: ClassVar[bool] = True
+
+    value: Ratio = 1.0
+    stages: Mapping[str, Ratio] | None = None
+    stage: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks that every ratio lies in [0, 1] and that the stage exists."""
+        for ratio in self.table.values():
+            for value in ratio.values() if isinstance(ratio, Mapping) else (ratio,):
+                require(isinstance(value, int | float) and 0 <= value <= 1, "0 <= ratio <= 1", ratio=value)
+        require(len(self.table) > 0, "stages has at least one entry", stages=self.stages)
+        if self.stage is not None and self.stage not in self.table:
+            raise unknown("stage", self.stage, self.table)
+
+    @property
+    def table(self) -> dict[str, Ratio]:
+        """Ratios by stage; one nameless stage when there are no stages."""
+        return {"": self.value} if self.stages is None else dict(self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values."""
+        return super().to_dict() | {"stages": None if self.stages is None else dict(self.stages)}
+
+    def build(self, place: Place) -> FixedGateModule:
+        """Makes the gate of one block."""
+        return FixedGateModule(self, place)
+
+
+class FixedGateModule(StaticGate):
+    """Buffers: the current values [M], and those of all stages [S, M]."""
+
+    value: Tensor
+    ratios: Tensor
+
+    def __init__(self, spec: FixedGate, place: Place) -> None:
+        """Makes the buffers and enters the first stage, or the one that the spec names."""
+        super().__init__(place.methods, "static")
+        self.stages = tuple(spec.table)
+        self.register_buffer("ratios", torch.tensor([_row(r, place.methods) for r in spec.table.values()]))
+        self.register_buffer("value", torch.empty(len(place.methods)))
+        self.enter(spec.stage if spec.stage is not None else self.stages[0])
+
+    def enter(self, stage: str) -> None:
+        """Switches to the ratios of another stage, in place."""
+        if stage not in self.stages:
+            raise unknown("stage", stage, self.stages)
+        self.value.copy_(self.ratios[self.stages.index(stage)])
+
+    def values(self) -> Tensor:
+        """Returns the current ratios, [M]."""
+        return self.value
+
+
+def _row(ratio: Ratio, methods: Sequence[str]) -> list[float]:
+    if not isinstance(ratio, Mapping):
+        return [float(ratio)] * len(methods)
+    missing = [m for m in methods if m not in ratio]
+    if missing:
+        raise SpecError(f"FixedGate has no ratio for {', '.join(missing)}; it has {', '.join(ratio)}. Add one for each.")
+    return [float(ratio[m]) for m in methods]

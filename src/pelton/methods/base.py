@@ -1,0 +1,114 @@
+"""What a method is: a frozen spec, and the parts it builds, one for each place it goes to.
+
+Letters: B batch, T tokens, D hidden, I / O the in and out features of a linear layer, R rank, P prefix length.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pelton.errors import unknown
+from pelton.registry import Registry, Spec, require
+
+LINEAR_SITES = ("attn.q", "attn.k", "attn.v", "attn.out", "ffn.in", "ffn.out")
+"""The places in a block where a linear layer stands."""
+
+SITES = (*LINEAR_SITES, "attn")
+"""All architecture-neutral places in a block; `attn` is the softmax itself."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """The sizes of the place that a part is built for.
+
+    At a linear site `in_features` and `out_features` are the layer's. At `attn` they are the width of the block and
+    the width of its keys, which is `kv_heads * head_dim`.
+    """
+
+    site: str
+    in_features: int
+    out_features: int
+    kv_heads: int = 0
+    head_dim: int = 0
+
+
+class Part(nn.Module):
+    """One method at one place: edits the tensor that passes there, by as much as its gate lets through.
+
+    `edits` says which tensor that is: the linear layer's "output" or its "input". Parts at one place apply in the
+    order of `order`: sums (0), then rescalings (1), then what reads the finished output (2). `origin` names the site
+    whose input the part reads instead of its own layer's, if any.
+    """
+
+    edits: Literal["input", "output"] = "output"
+    order: ClassVar[int] = 0
+    origin: str | None = None
+
+    def forward(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+        """Returns the edited tensor.
+
+        Args:
+            y: what is edited, [B, T, O] (or [B, T, I] where `edits` is "input").
+            x: the input of the layer, or of the site that `origin` names, [B, T, I].
+            gate: gate values, float32, broadcastable to [B, T, 1].
+        """
+        raise NotImplementedError
+
+    def fold(self, weight: Tensor, bias: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Returns weight [O, I] and bias [O] of the linear layer that equals layer and part at a constant gate value."""
+        raise NotImplementedError(f"{type(self).__name__} does not fold")
+
+
+@dataclasses.dataclass(frozen=True)
+class MethodSpec(Spec):
+    """Hyperparameters of a method. Subclasses set `kind`, `allowed` and `foldable` and build parts."""
+
+    allowed: ClassVar[tuple[str, ...]] = LINEAR_SITES
+    foldable: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Checks the fields every method shares: `sites` and `layers`."""
+        for site in self.sites:
+            if site not in SITES:
+                raise unknown("site", site, SITES)
+            require(site in self.allowed, f"a site of {self.kind!r} is one of {', '.join(self.allowed)}", site=site)
+        require(len(self.sites) > 0, f"{self.kind!r} has at least one site", sites=self.sites)
+        require(len(set(self.sites)) == len(self.sites), "every site is named once", sites=self.sites)
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Where in a block the method goes."""
+        raise NotImplementedError
+
+    @property
+    def layers(self) -> tuple[int, ...] | None:
+        """The indices of the blocks the method goes to; None means all."""
+        raise NotImplementedError
+
+    def build(self, shape: Shape) -> nn.Module:
+        """Makes the trainable part for one place."""
+        raise NotImplementedError
+
+
+METHODS: Registry[MethodSpec] = Registry("method", MethodSpec)
+"""Every known method by kind."""
+
+register_method = METHODS.register
+
+
+def add_product(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
+    """Returns y + z weightᵀ in one pass over y, the sum fused into the product.
+
+    Args:
+        y: [..., O].
+        z: [..., R].
+        weight: [O, R].
+    """
+    if y.dtype != z.dtype:  # autocast: the product comes in its dtype
+        return y + nn.functional.linear(z, weight).to(y.dtype)
+    flat = torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), weight.t())
+    return flat.view(y.shape)

@@ -1,0 +1,100 @@
+"""One table per family of specs: a kind's name and the frozen dataclass that configures it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Generic, Self, TypeVar
+
+from pelton.errors import SpecError, unknown
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """The frozen hyperparameters of one method or gate; serialises to plain JSON with its `kind`."""
+
+    kind: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values, `kind` first; tuples become lists."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        return {"kind": self.kind} | {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Builds the spec from JSON values; an unknown key is an error that names the nearest one."""
+        given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "kind"}
+        names = [f.name for f in dataclasses.fields(cls)]
+        for key in given:
+            if key not in names:
+                raise unknown(f"key of {cls.kind!r}", key, names)
+        return cls(**given)
+
+
+S = TypeVar("S", bound=Spec)
+
+
+class Registry(Generic[S]):
+    """Kinds by name. Outsiders add their own with one call of `register`."""
+
+    def __init__(self, what: str, base: type[S]) -> None:
+        """Makes an empty table of `what` ("method", "gate"), whose entries subclass `base`."""
+        self.what = what
+        self.base = base
+        self._kinds: dict[str, type[S]] = {}
+
+    def register(self, spec: type[S]) -> type[S]:
+        """Adds a spec class under its `kind`; usable as a decorator.
+
+        Raises:
+            SpecError: the class is not a frozen dataclass of this family, has no `kind`, or its kind is taken.
+        """
+        kind = getattr(spec, "kind", None)
+        if not (isinstance(spec, type) and issubclass(spec, self.base)):
+            raise SpecError(f"A {self.what} must subclass {self.base.__name__}, but got {spec!r}.")
+        if not isinstance(kind, str) or not kind.isidentifier():
+            raise SpecError(f"{spec.__name__}.kind must be a name such as 'lora', but got {kind!r}. Set it in the class.")
+        if not dataclasses.is_dataclass(spec) or "__dataclass_fields__" not in vars(spec):
+            raise SpecError(f"{spec.__name__} must be decorated with @dataclass(frozen=True).")
+        if kind in self._kinds:
+            taken = self._kinds[kind]
+            raise SpecError(
+                f"A {self.what} named {kind!r} exists already ({taken.__module__}.{taken.__qualname__}). "
+                "Choose another kind."
+            )
+        self._kinds[kind] = spec
+        return spec
+
+    def unregister(self, kind: str) -> None:
+        """Takes a kind out again (plugins that are unloaded, tests)."""
+        self[kind]
+        del self._kinds[kind]
+
+    def __getitem__(self, kind: str) -> type[S]:
+        """Returns the spec class of a kind; an unknown kind is an error with the nearest one."""
+        if kind not in self._kinds:
+            raise unknown(self.what, kind, self._kinds)
+        return self._kinds[kind]
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterates over the kinds in the order of registration."""
+        return iter(self._kinds)
+
+    def parse(self, value: S | str | Mapping[str, Any]) -> S:
+        """Turns a spec, a kind's name or a `{"kind": …}` mapping into a spec."""
+        if isinstance(value, self.base):
+            return value
+        if isinstance(value, str):
+            return self[value]()
+        if isinstance(value, Mapping):
+            if "kind" not in value:
+                raise SpecError(f"A {self.what} needs a 'kind', but got {dict(value)!r}. Known: {', '.join(self)}.")
+            return self[str(value["kind"])].from_dict(value)
+        raise SpecError(f"A {self.what} is a spec, a name or a mapping with a 'kind', but got {value!r}.")
+
+
+def require(condition: bool, law: str, **values: object) -> None:
+    """Raises SpecError with the law and the values that broke it, unless `condition` holds."""
+    if not condition:
+        got = ", ".join(f"{k}={v!r}" for k, v in values.items())
+        raise SpecError(f"`{law}` must hold, but got {got}.")

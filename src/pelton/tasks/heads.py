@@ -1,0 +1,81 @@
+"""A classifier for any encoder: the mean of the last hidden states, dropout, one linear layer.
+
+Encoders that were trained with mean pooling (sentence transformers) have a better sentence vector in the mean than in
+their [CLS] token. Shapes: B batch, T tokens, D hidden, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class MeanPoolingClassifier(PreTrainedModel):  # type: ignore[misc]
+    """Any `AutoModel` under masked mean pooling and a linear classifier.
+
+    Saves and loads as transformers' own models do: the encoder's weights are under `backbone.`.
+    """
+
+    config_class = PreTrainedConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    # Whatever the encoder supports has been settled by the time it is wrapped.
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    def __init__(self, config: PreTrainedConfig, backbone: PreTrainedModel | None = None) -> None:
+        """Wraps `backbone`, or a new one made from `config` (its weights are then loaded by `from_pretrained`)."""
+        backbone = AutoModel.from_config(config) if backbone is None else backbone
+        super().__init__(config)
+        self.backbone = backbone
+        self.dropout = nn.Dropout(_dropout(config))
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels, dtype=backbone.dtype)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        **inputs: Any,
+    ) -> SequenceClassifierOutput:
+        """Classifies each row.
+
+        Args:
+            input_ids: [B, T].
+            attention_mask: [B, T], 1 for tokens and 0 for padding; all ones when None.
+            labels: [B] ids of classes; the loss is their mean cross-entropy.
+            **inputs: What else the encoder takes (`token_type_ids`, `inputs_embeds`, `output_attentions` …).
+        """
+        inputs["return_dict"] = True
+        encoded = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        pooled = mean_pool(encoded.last_hidden_state, attention_mask)  # [B, D]
+        logits = self.classifier(self.dropout(pooled))  # [B, C]
+        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=encoded.get("hidden_states"), attentions=encoded.get("attentions")
+        )
+
+
+def mean_pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Averages hidden states [B, T, D] over the tokens that `mask` [B, T] lets through, in float32."""
+    if mask is None:
+        return hidden.mean(dim=1)
+    weights = mask.unsqueeze(-1).to(torch.float32)  # [B, T, 1]
+    total = (hidden.float() * weights).sum(dim=1)
+    return (total / weights.sum(dim=1).clamp(min=1.0)).to(hidden.dtype)
+
+
+def _dropout(config: PreTrainedConfig) -> float:
+    """Returns the classifier's dropout under the names that configurations use for it."""
+    for name in ("classifier_dropout", "seq_classif_dropout", "hidden_dropout_prob", "dropout", "hidden_dropout"):
+        value = getattr(config, name, None)
+        if isinstance(value, float):
+            return value
+    return 0.1

@@ -1,0 +1,96 @@
+"""Names of classes and their ids."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from pelton.errors import DataError, nearest
+from pelton.tasks.tables import Table
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a task, in the order of their ids.
+
+    Attributes:
+        names: One name a class.
+        ids: True when numbers in the data are ids; False when a number is itself a name (a rating of 1 to 5).
+    """
+
+    names: tuple[str, ...]
+    ids: bool
+
+    def __len__(self) -> int:
+        """Returns the number of classes."""
+        return len(self.names)
+
+    @cached_property
+    def _index(self) -> dict[str, int]:
+        return {name: index for index, name in enumerate(self.names)}
+
+    def find(self, value: Any) -> int | None:
+        """Returns the id of a value from the data, or None when it is not one of the classes."""
+        key = _key(value)
+        if key in self._index and not (self.ids and isinstance(value, int)):
+            return self._index[key]
+        if self.ids and key is not None and key.isdecimal() and int(key) < len(self):
+            return int(key)
+        return None
+
+    def encode(self, table: Table, column: str) -> list[int]:
+        """Turns a column into ids; an unseen value is an error that names its cell and the nearest class."""
+        found = []
+        for row, value in enumerate(table.column(column)):
+            index = self.find(value)
+            if index is None:
+                raise DataError(f"{table.where(row, column)}: {self._explain(value)}")
+            found.append(index)
+        return found
+
+    def _explain(self, value: Any) -> str:
+        if value is None or value == "":
+            return "the label is missing."
+        if value == -1:
+            return "label -1 marks hidden labels. Name a split with labels, such as task.test=validation."
+        guess = nearest(value, self.names)
+        hint = f" Did you mean {guess!r}?" if guess else ""
+        known = ", ".join(self.names[:10]) + (f", … ({len(self)} in all)" if len(self) > 10 else "")
+        return f"unseen label {value!r}.{hint} Classes of the training data: {known}."
+
+
+def find_labels(table: Table, column: str) -> Labels:
+    """Takes the classes from the source's own list where it has one, else from the distinct values of `column`.
+
+    Raises:
+        DataError: a label is missing, is neither a name nor a whole number, or there are fewer than two classes.
+    """
+    if column in table.class_names:
+        return Labels(table.class_names[column], ids=True)
+    keys = set()
+    for row, value in enumerate(table.column(column)):
+        key = _key(value)
+        if key is None:
+            raise DataError(f"{table.where(row, column)}: a label is a name or a whole number, but got {value!r}.")
+        keys.add(key)
+    if len(keys) < 2:
+        raise DataError(f"{table.name}, column {column!r}: expected two or more classes, but got {sorted(keys)}.")
+    return Labels(tuple(sorted(keys, key=_order)), ids=False)
+
+
+def _key(value: Any) -> str | None:
+    """Returns a label's name: "1" for 1 and 1.0 and " 1 ", None for what cannot be a label."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, bool | int | str):
+        return str(value).strip() or None
+    return None
+
+
+def _order(key: str) -> tuple[float, str]:
+    """Sorts numbers by value, and before words."""
+    try:
+        return (float(key), key)
+    except ValueError:
+        return (float("inf"), key)

@@ -1,0 +1,181 @@
+"""The rows of one file, each with the line it came from, so that an error can name it."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from pelton.errors import DataError, nearest
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Columns of one split.
+
+    Attributes:
+        name: What errors call it: a path, or a hub name with its split.
+        columns: Values by column, all of one length.
+        lines: The 1-based line of every row; None where rows have no lines (Parquet, the hub).
+        class_names: The classes' names by column, where the source states them.
+    """
+
+    name: str
+    columns: dict[str, list[Any]]
+    lines: Sequence[int] | None = None
+    class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Returns the number of rows."""
+        return len(next(iter(self.columns.values()), []))
+
+    def where(self, row: int, column: str) -> str:
+        """Names a cell: the file, the 1-based line (or row) and the column."""
+        place = f"row {row + 1}" if self.lines is None else f"line {self.lines[row]}"
+        return f"{self.name}, {place}, column {column!r}"
+
+    def column(self, name: str) -> list[Any]:
+        """Returns a column's values; a missing one is an error that lists what exists."""
+        if name not in self.columns:
+            guess = nearest(name, self.columns)
+            hint = f" Did you mean {guess!r}?" if guess else ""
+            raise DataError(f"{self.name} has no column {name!r}.{hint} Columns: {', '.join(self.columns) or 'none'}.")
+        return self.columns[name]
+
+
+def read_table(path: Path) -> Table:
+    """Reads a JSONL, CSV, TSV (each also gzipped) or Parquet file.
+
+    Raises:
+        DataError: the file is missing, of another kind, or broken; the message names the line and column.
+    """
+    reader = READERS.get(extension(path))
+    if reader is None:
+        raise DataError(f"{path} is of no kind that can be read. Known: {', '.join(READERS)}.")
+    if not path.is_file():
+        raise DataError(f"{path} does not exist.")
+    try:
+        return reader(path)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path} is not a whole gzip file ({error}). Fetch or compress it again.") from error
+
+
+def extension(path: Path) -> str:
+    """Returns `.jsonl.gz` and the like: the last suffix, with the one before it when that is compressed."""
+    return "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:]).lower()
+
+
+def _open(path: Path) -> TextIO:
+    """Opens text; broken UTF-8 becomes lone surrogates, which `_collect` finds and names by column."""
+    if path.suffix == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _read_jsonl(path: Path) -> Table:
+    def rows() -> Iterator[tuple[int, Row]]:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _parse_object(path, number, line)
+
+    return _collect(path, rows())
+
+
+def _parse_object(path: Path, number: int, line: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        text = f"{path}, line {number}: malformed JSON ({error.msg} at character {error.pos + 1})."
+        raise DataError(f"{text} Expected one JSON object a line.") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{path}, line {number}: expected a JSON object, but got {type(row).__name__}.")
+    return row
+
+
+def _read_csv(path: Path) -> Table:
+    def rows() -> Iterator[tuple[int, Row]]:
+        with _open(path) as file:
+            reader = csv.reader(file, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
+            start = 1
+            header: list[str] | None = None
+            try:
+                for cells in reader:
+                    if header is None:
+                        header = cells
+                    elif cells:
+                        yield start, _match_header(path, start, header, cells)
+                    start = reader.line_num + 1
+            except csv.Error as error:
+                raise DataError(f"{path}, line {start}: malformed CSV ({error}).") from error
+
+    return _collect(path, rows())
+
+
+def _match_header(path: Path, number: int, header: list[str], cells: list[str]) -> Row:
+    if len(cells) != len(header):
+        raise DataError(
+            f"{path}, line {number}: expected {len(header)} columns as in the header, but got {len(cells)}."
+        )
+    return dict(zip(header, cells, strict=True))
+
+
+def _read_parquet(path: Path) -> Table:
+    import datasets
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return from_dataset(str(path), datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path))))
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} is not a Parquet file that can be read ({str(error).splitlines()[0]}).") from error
+
+
+def from_dataset(name: str, rows: Any) -> Table:
+    """Turns a `datasets.Dataset` into a table, with the names of its ClassLabel columns."""
+    classes = {column: tuple(f.names) for column, f in rows.features.items() if type(f).__name__ == "ClassLabel"}
+    return Table(name, rows.to_dict(), class_names=classes)
+
+
+def _collect(path: Path, rows: Iterator[tuple[int, Row]]) -> Table:
+    """Gathers rows into columns; a value that a row lacks is None."""
+    columns: dict[str, list[Any]] = {}
+    lines: list[int] = []
+    for number, row in rows:
+        for key, value in row.items():
+            if isinstance(value, str) and not value.isascii():
+                _require_utf8(path, number, key, value)
+            columns.setdefault(key, [None] * len(lines)).append(value)
+        lines.append(number)
+        for values in columns.values():
+            if len(values) < len(lines):
+                values.append(None)
+    return Table(str(path), columns, lines)
+
+
+def _require_utf8(path: Path, number: int, column: str, value: str) -> None:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        where = f"{path}, line {number}, column {column!r}"
+        raise DataError(f"{where}: broken UTF-8 at character {error.start + 1}. Save the file as UTF-8.") from error
+
+
+READERS: dict[str, Callable[[Path], Table]] = {
+    ".jsonl": _read_jsonl,
+    ".jsonl.gz": _read_jsonl,
+    ".json": _read_jsonl,
+    ".json.gz": _read_jsonl,
+    ".csv": _read_csv,
+    ".csv.gz": _read_csv,
+    ".tsv": _read_csv,
+    ".tsv.gz": _read_csv,
+    ".parquet": _read_parquet,
+}

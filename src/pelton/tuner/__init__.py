@@ -1,0 +1,11 @@
+"""Pelton as a PEFT method: its config, its gated block, its tuner; the only code that touches peft."""
+
+from pelton.tuner.block import GatedBlock
+from pelton.tuner.config import PeltonConfig
+from pelton.tuner.controls import gated_blocks, set_methods, set_stage
+from pelton.tuner.model import PeltonModel
+from pelton.tuner.register import register
+
+register(PeltonConfig, PeltonModel)
+
+__all__ = ["GatedBlock", "PeltonConfig", "PeltonModel", "gated_blocks", "set_methods", "set_stage"]

@@ -1,0 +1,211 @@
+"""Prefixes inside the attention, through transformers' attention interface.
+
+The attention module of a block with a prefix gets a copy of its config that names the attention function below; masks are
+made from the model's own config, which stays as it is. The function puts the prefix in front of keys and values, extends
+the mask by `log g`, and calls the function that the model's config names: SDPA or the module's own eager attention. The
+key / value cache never sees the prefix. Flash and flex kernels cannot carry an additive mask: there the blocks with a
+prefix, and only they, use SDPA.
+
+Letters: B batch, H heads, H_kv key / value heads, T queries, S keys, P prefix length, K head dim.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from pelton.methods import PrefixPart
+
+if TYPE_CHECKING:
+    from pelton.tuner.block import GatedBlock
+
+NAME = "pelton"
+
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+
+
+class AttentionTap:
+    """What the attention function finds on a module: the gated block, and the config that the module had."""
+
+    def __init__(self, gated: GatedBlock, config: Any) -> None:
+        """Keeps both."""
+        self.gated, self.config = gated, config
+
+    @staticmethod
+    def attach(gated: GatedBlock, attention: nn.Module) -> None:
+        """Points an attention module at the function of this file, once."""
+        if hasattr(attention, "pelton_tap"):
+            return
+        config = cast(Any, attention).config
+        tap = AttentionTap(gated, config)
+        if config._attn_implementation not in ("sdpa", "eager", None):
+            warnings.warn(
+                f"{config._attn_implementation!r} attention cannot carry a prefix: {gated.block.name!r} and other "
+                "blocks with a prefix use 'sdpa'.",
+                stacklevel=2,
+            )
+        attention.pelton_tap = tap  # type: ignore[assignment]
+        attention.config = copy.copy(config)
+        cast(Any, attention).config._attn_implementation_internal = NAME
+
+    @staticmethod
+    def detach(attention: nn.Module) -> None:
+        """Gives the module its own config back."""
+        tap = attention.__dict__.pop("pelton_tap", None)
+        if tap is not None:
+            attention.config = tap.config
+
+    @property
+    def implementation(self) -> str:
+        """The attention implementation that carries the prefix: "eager" or "sdpa"."""
+        return "eager" if self.config._attn_implementation == "eager" else "sdpa"
+
+    def base(self, module: nn.Module) -> Attend:
+        """Returns the backbone's attention function."""
+        if self.implementation == "eager":
+            return cast(Attend, sys.modules[type(module).__module__].eager_attention_forward)  # type: ignore[attr-defined]
+        return cast(Attend, ALL_ATTENTION_FUNCTIONS["sdpa"])
+
+
+def attention_forward(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, Tensor | None]:
+    """Runs the backbone's attention with the prefixes of the adapters at work.
+
+    Args:
+        module: the attention module, with its tap.
+        query: [B, H, T, K].
+        key: [B, H_kv, S, K].
+        value: [B, H_kv, S, K].
+        attention_mask: boolean or additive, [B, 1, T, S]; [B, S] from flash kernels; or None.
+        **kwargs: what the backbone's function takes: scaling, dropout, position_bias, …
+
+    Returns:
+        The output [B, T, H, K] and, from eager, the weights [B, H, T, S] without the prefix's columns.
+    """
+    tap = cast(AttentionTap, module.pelton_tap)
+    base, gated = tap.base(module), tap.gated
+    routes = list(gated.routed())
+    if gated.routes is None:
+        prefixes = [p for name, _ in routes for p in gated.prefixes(name, query)]
+        return _with_prefixes(base, prefixes, module, query, key, value, attention_mask, **kwargs)
+    output, weights = _with_prefixes(base, [], module, query, key, value, attention_mask, **kwargs)
+    for name, rows in routes:
+        assert rows is not None
+        at = gated.window_rows(rows, query)
+        prefixes = gated.prefixes(name, query[at])
+        if prefixes:
+            mask = attention_mask if attention_mask is None or attention_mask.shape[0] == 1 else attention_mask[at]
+            some, seen = _with_prefixes(base, prefixes, module, query[at], key[at], value[at], mask, **kwargs)
+            output = output.index_copy(0, at, some)
+            weights = None if weights is None or seen is None else weights.index_copy(0, at, seen)
+    return output, weights
+
+
+def _with_prefixes(
+    base: Attend,
+    prefixes: list[tuple[PrefixPart, Tensor]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    tap = cast(AttentionTap, module.pelton_tap)
+    if tap.config._attn_implementation not in ("sdpa", "eager", None):
+        attention_mask = _visible(module, query, key, attention_mask, kwargs)
+    if not prefixes:
+        return base(module, query, key, value, attention_mask, **kwargs)
+    mask = _additive(module, query, key, attention_mask, tap.implementation, kwargs)
+    keys, values, biases, length = [key], [value], [mask], 0
+    for part, gate in reversed(prefixes):
+        pk, pv = (t.to(key.dtype) for t in part(_projection(module, tap.gated)))
+        bias = torch.zeros_like(gate) if part.gating == "scale" else _log(gate)
+        if part.gating == "scale":
+            pk, pv = pk * gate[:, None].to(key.dtype), pv * gate[:, None].to(key.dtype)
+        keys.insert(0, pk.expand(key.shape[0], -1, -1, -1))
+        values.insert(0, pv.expand(key.shape[0], -1, -1, -1))
+        biases.insert(0, bias[:, None].to(query.dtype).expand(mask.shape[0], mask.shape[1], mask.shape[2], part.length))
+        length += part.length
+    if kwargs.get("position_bias") is not None:
+        kwargs["position_bias"] = F.pad(kwargs["position_bias"], (length, 0))
+    kwargs.pop("is_causal", None)
+    output, weights = base(
+        module, query, torch.cat(keys, 2), torch.cat(values, 2), torch.cat(biases, 3), is_causal=False, **kwargs
+    )
+    return output, None if weights is None else weights[..., length:]
+
+
+def _log(gate: Tensor) -> Tensor:
+    """log g, −∞ at 0, with a gradient of 0 there."""
+    return torch.where(gate > 0, gate.clamp_min(torch.finfo(gate.dtype).tiny).log(), -torch.inf)
+
+
+def _additive(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, implementation: str, kwargs: dict[str, Any]
+) -> Tensor:
+    """Returns the mask as one to add to the scores, [B or 1, 1, T, S]; causality that was implied is spelled out."""
+    causal = kwargs.get("is_causal")
+    causal = getattr(module, "is_causal", False) if causal is None else causal
+    if mask is None and causal and implementation == "sdpa" and query.shape[2] > 1:
+        mask = _visible(module, query, key, None, kwargs)
+    if mask is None:
+        return query.new_zeros(1, 1, query.shape[2], key.shape[2])
+    if mask.dtype == torch.bool:
+        return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return mask.to(query.dtype)
+
+
+def _visible(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+) -> Tensor | None:
+    """Spells out which keys each query sees, from the flags and the [B, S] mask that kernels without masks get."""
+    if mask is not None and mask.dim() == 4:
+        return mask
+    padding = None if mask is None else mask[:, None, None].bool()
+    if not getattr(module, "is_causal", False):
+        return padding
+    last = torch.arange(key.shape[2], device=key.device)
+    now = torch.arange(query.shape[2], device=key.device)[:, None] + key.shape[2] - query.shape[2]
+    seen = last <= now
+    if kwargs.get("sliding_window"):
+        seen = seen & (last > now - kwargs["sliding_window"])
+    return seen[None, None] if padding is None else seen[None, None] & padding
+
+
+class _Projection:
+    """The key and value projections of one block, for prefixes that are hidden states."""
+
+    def __init__(self, module: nn.Module, gated: GatedBlock) -> None:
+        self.module, self.gated = module, gated
+
+    def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns keys and values [P, H_kv · K] of hidden states [P, D]; hooks are passed by."""
+        keys, values = self._apply("attn.k", hidden), self._apply("attn.v", hidden)
+        norm = getattr(self.module, "k_norm", None)
+        if norm is not None:
+            keys = norm(keys.unflatten(-1, (-1, self.gated.block.head_dim))).flatten(-2)
+        return keys, values
+
+    def _apply(self, site: str, hidden: Tensor) -> Tensor:
+        place = self.gated.block.sites[site][0]
+        layer = self.module.get_submodule(place.path.removeprefix(self.gated.block.attention + "."))
+        dtype = next(layer.parameters()).dtype
+        output = layer.forward(hidden.to(dtype if dtype.is_floating_point else hidden.dtype)[None])[0]
+        return output if place.start is None else output[:, place.start : place.stop]
+
+
+def _projection(module: nn.Module, gated: GatedBlock) -> _Projection:
+    return _Projection(module, gated)
+
+
+ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)

@@ -1,0 +1,171 @@
+"""The gated block: the gate and the methods of every adapter, beside the modules of one transformer block.
+
+It is added to the block as one more child, named `pelton`, and reaches the block's layers by forward hooks (`taps.py`), so
+the backbone's modules, their names and its state dict stay as they are. In one forward of the block the gate opens when
+the attention begins; the layers behind it then ask for what their methods add. All of that happens inside the block's
+forward, hence inside its checkpointed region: recomputation opens the gate again for itself.
+
+Letters: B batch, T tokens, D hidden, M methods. Gate values are float32, [B or 1, T or 1, M].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from pelton.anatomy import Block
+from pelton.gates import Gate
+from pelton.methods import PrefixPart
+from pelton.tuner.plan import BlockPlan, Edits, Wiring
+
+Route = tuple[str, Tensor | None]
+"""An adapter and the rows of the batch that it serves; None means all rows."""
+
+
+class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is not typed
+    """Holds what all adapters add to one transformer block."""
+
+    adapter_layer_names = ("gates", "methods")
+
+    def __init__(self, block: Block) -> None:
+        """Makes a gated block without adapters."""
+        nn.Module.__init__(self)
+        self.block = block
+        self.gates = nn.ModuleDict()
+        self.methods = nn.ModuleDict()
+        self.wirings: dict[str, Wiring] = {}
+        self.off: frozenset[str] = frozenset()
+        self.routes: list[Route] | None = None
+        self.kept: list[tuple[str, Tensor, Tensor | None]] | None = None
+        self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
+        self.merged_adapters: list[str] = []
+        self._active_adapter: list[str] = []
+        self._batch = 0
+        self._values: dict[str, Tensor] = {}
+        self._inputs: dict[str, Tensor] = {}
+
+    def add(self, adapter: str, plan: BlockPlan) -> None:
+        """Takes in the gate and the parts of one more adapter."""
+        self.gates[adapter] = plan.gate
+        self.methods[adapter] = nn.ModuleDict({kind: nn.ModuleDict(parts) for kind, parts in plan.parts.items()})
+        self.wirings[adapter] = plan.wiring
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes one adapter."""
+        if adapter_name in self.wirings:
+            del self.wirings[adapter_name]
+            super().delete_adapter(adapter_name)
+
+    def routed(self) -> Iterator[Route]:
+        """Yields the adapters at work in this block, each with its rows."""
+        if self._disable_adapters:
+            return
+        routes = [(name, None) for name in self.active_adapters] if self.routes is None else self.routes
+        for name, rows in routes:
+            if name in self.wirings:
+                yield name, rows
+
+    def open(self, x: Tensor, mask: Tensor | None) -> None:
+        """Computes the gate values of this forward.
+
+        Args:
+            x: the block's input, [B, T, D].
+            mask: 1 for tokens and 0 for padding, [B, T]; None when nothing is padded.
+        """
+        self._batch = x.shape[0]
+        for name, rows in self.routed():
+            gate = self.gates[name]
+            if rows is not None:
+                mask_rows = None if mask is None else mask.expand(x.shape[:2])[rows]
+                self._values[name] = gate(x[rows], mask_rows)
+            else:
+                self._values[name] = gate(x, mask)
+            if self.kept is not None:
+                self.kept.append((name, self._values[name], mask))
+
+    def close(self) -> None:
+        """Forgets the gate values and inputs of this forward."""
+        self._values, self._inputs = {}, {}
+
+    def keep_input(self, path: str, x: Tensor) -> None:
+        """Keeps a layer's input for parts at another site that read it."""
+        for name, _ in self.routed():
+            site = self.wirings[name].origins.get(path)
+            if site is not None:
+                self._inputs[site] = x
+
+    def edit(self, path: str, edits: Edits, y: Tensor, x: Tensor) -> Tensor:
+        """Applies all parts that edit the input or the output of one layer.
+
+        Args:
+            path: the layer's name in the block.
+            edits: which tensor is edited.
+            y: that tensor, [B, T, features].
+            x: the layer's input, [B, T, I].
+        """
+        for name, rows in self.routed():
+            for edit in self.wirings[name].edits.get((path, edits), ()):
+                if edit.kind in self.off:
+                    continue
+                part = self.methods[name][edit.kind][edit.key]
+                source = self._inputs[part.origin] if part.origin else x
+                gate = self._values[name][..., edit.number : edit.number + 1]
+                if rows is None:
+                    y = _in_slice(part, y, source, self._fit(gate, y), edit.start, edit.stop)
+                else:
+                    at = self.window_rows(rows, y)
+                    some = _in_slice(part, y[at], source[at], self._fit(gate, y[at]), edit.start, edit.stop)
+                    y = y.index_copy(0, at, some)
+        return y
+
+    def prefixes(self, name: str, batch: Tensor) -> list[tuple[PrefixPart, Tensor]]:
+        """Returns an adapter's prefixes in this block, each with its gate values [B or 1, T or 1, 1].
+
+        Args:
+            name: the adapter.
+            batch: any tensor with the attention's batch as its first dimension.
+        """
+        found = []
+        for number, spec in enumerate(self.wirings[name].methods):
+            for part in self.methods[name][spec.kind].values():
+                if isinstance(part, PrefixPart) and spec.kind not in self.off:
+                    found.append((part, self._fit(self._values[name][..., number : number + 1], batch)))
+        return found
+
+    def _fit(self, gate: Tensor, y: Tensor) -> Tensor:
+        """Repeats the gate values of each example for its windows, where attention runs in windows."""
+        if not self.block.windowed or gate.shape[0] in (1, y.shape[0]):
+            return gate
+        return gate.repeat_interleave(y.shape[0] // gate.shape[0], dim=0)
+
+    def window_rows(self, rows: Tensor, y: Tensor) -> Tensor:
+        """Turns rows of the batch into rows of examples × windows."""
+        if not self.block.windowed or y.shape[0] == self._batch:
+            return rows
+        windows = y.shape[0] // self._batch
+        return (rows[:, None] * windows + torch.arange(windows, device=rows.device)).flatten()
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Refused: a gated block merges as a whole, by `merge_and_unload`."""
+        raise NotImplementedError("Pelton merges by merge_and_unload only")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the tensors of a forward out of copies and pickles."""
+        return self.__dict__ | {"_values": {}, "_inputs": {}, "kept": None, "routes": None}
+
+
+def gate_of(block: GatedBlock, adapter: str) -> Gate:
+    """Returns an adapter's gate in a block."""
+    gate = block.gates[adapter]
+    assert isinstance(gate, Gate)
+    return gate
+
+
+def _in_slice(part: nn.Module, y: Tensor, x: Tensor, gate: Tensor, start: int | None, stop: int | None) -> Tensor:
+    if start is None:
+        return part(y, x, gate)  # type: ignore[no-any-return]
+    return torch.cat([y[..., :start], part(y[..., start:stop], x, gate), y[..., stop:]], dim=-1)

@@ -1,0 +1,73 @@
+"""How PEFT writes and reads the keys of an adapter, and what is refused before a weight is loaded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pelton.errors import AdapterError
+
+if TYPE_CHECKING:
+    from pelton.tuner.config import PeltonConfig
+
+_CONTAINERS = (".pelton.gates.", ".pelton.methods.")
+
+
+class CheckpointKeys:
+    """The classmethods of PEFT's `BaseTuner` that map keys, for parts that lie deeper than PEFT's own do."""
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Turns `….pelton.methods.default.lora.attn_q.A` into `….pelton.methods.lora.attn_q.A`."""
+        for container in _CONTAINERS:
+            head, found, tail = key.partition(container + adapter_name + ".")
+            if found:
+                return head + container + tail
+        return super()._remove_adapter_name_from_key(key, adapter_name)  # type: ignore[misc,no-any-return]
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeltonConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """Gives checkpoint keys the adapter's name, after checking that every tensor is there and fits.
+
+        Raises:
+            AdapterError: a tensor is missing, left over or of another shape. The adapter is taken off again.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(  # type: ignore[misc]
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        try:
+            _check_fit(model, adapter_name, remapped)
+        except AdapterError:
+            _take_off(model, adapter_name)
+            raise
+        return remapped  # type: ignore[no-any-return]
+
+
+def _check_fit(model: nn.Module, adapter: str, found: dict[str, torch.Tensor]) -> None:
+    here = model.state_dict()
+    expected = {k for k in here if any(f"{c}{adapter}." in k for c in _CONTAINERS)}
+    problems = [f"{len(missing)} tensors are missing, such as {missing[0]}" for missing in [sorted(expected - set(found))] if missing]
+    left = sorted(k for k in found if any(c in k for c in _CONTAINERS) and k not in expected)
+    if left:
+        problems.append(f"{len(left)} tensors have no place, such as {left[0]}")
+    for key in sorted(set(found) & set(here)):
+        if here[key].shape != found[key].shape:
+            problems.append(f"{key} is {tuple(found[key].shape)} in the file, {tuple(here[key].shape)} in the model")
+            break
+    if problems:
+        raise AdapterError(
+            f"The weights do not fit adapter {adapter!r}: {'; '.join(problems)}. The adapter was saved for another "
+            "architecture, size or configuration; nothing was loaded."
+        )
+
+
+def _take_off(model: Any, adapter: str) -> None:
+    """Removes an adapter that could not be loaded; the last one leaves the backbone as it was."""
+    if len(model.peft_config) > 1:
+        model.delete_adapter(adapter)
+    else:
+        getattr(model, "base_model", model).unload()

@@ -1,0 +1,147 @@
+"""PeltonConfig: which methods, under which gate. A PEFT config like any other; specs are saved with their kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypedDict, Unpack, cast
+
+from peft import PeftConfig
+from safetensors import SafetensorError, safe_open
+
+from pelton.errors import AdapterError, SpecError
+from pelton.gates import GATES, FixedGate, GateSpec, LinearGate, MLPGate
+from pelton.methods import METHODS, Bottleneck, LoRA, MethodSpec, Prefix
+from pelton.tuner.register import PELTON
+
+MethodLike = MethodSpec | str | Mapping[str, Any]
+GateLike = GateSpec | str | Mapping[str, Any]
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+class Common(TypedDict, total=False):
+    """The keyword arguments that all ways to make a PeltonConfig share."""
+
+    task_type: str | None
+    modules_to_save: list[str] | None
+    inference_mode: bool
+    base_model_name_or_path: str | None
+    revision: str | None
+
+
+def default_methods() -> tuple[MethodSpec, ...]:
+    """Returns the recommended methods: LoRA, a bottleneck and a prefix."""
+    return (LoRA(), Bottleneck(), Prefix())
+
+
+@dataclasses.dataclass
+class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
+    """What is put into every block, and the gate that opens it.
+
+    `PeltonConfig(task_type=…)` alone is the recommended default: LoRA, bottleneck and prefix under an `MLPGate`.
+
+    Attributes:
+        methods: specs, kinds ("lora") or mappings ({"kind": "lora", "rank": 4}), each kind once. None means the default
+            three, without the prefix where a backbone has no place for it.
+        gate: a spec, a kind or a mapping.
+        modules_to_save: names of other modules to train and save whole, such as a head.
+        backbone: the model type and the widths of the blocks the adapter was made for; filled in when it is attached.
+    """
+
+    methods: Sequence[MethodLike] | None = None
+    gate: GateLike = dataclasses.field(default_factory=MLPGate)
+    modules_to_save: list[str] | None = None
+    backbone: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Turns names and mappings into specs and checks the list."""
+        super().__post_init__()
+        self.peft_type = PELTON
+        self.gate = GATES.parse(self.gate)
+        if self.modules_to_save is not None:
+            self.modules_to_save = list(self.modules_to_save)
+        if self.methods is None:
+            return
+        if isinstance(self.methods, str | Mapping | MethodSpec):
+            raise SpecError(f"methods is a list, but got {self.methods!r}. Put it in brackets.")
+        self.methods = tuple(METHODS.parse(m) for m in self.methods)
+        kinds = [m.kind for m in self.methods]
+        if not kinds:
+            raise SpecError("`len(methods) >= 1` must hold, but got methods=[]. Leave it out for the default three.")
+        twice = sorted({k for k in kinds if kinds.count(k) > 1})
+        if twice:
+            raise SpecError(
+                f"`every kind of method is named once` must hold, but got {', '.join(twice)} twice in {kinds}. "
+                "Give one spec all its sites instead."
+            )
+
+    @property
+    def specs(self) -> tuple[MethodSpec, ...]:
+        """The methods as specs; the default three where none were named."""
+        return default_methods() if self.methods is None else cast(tuple[MethodSpec, ...], self.methods)
+
+    @property
+    def gate_spec(self) -> GateSpec:
+        """The gate as a spec."""
+        return cast(GateSpec, self.gate)
+
+    @classmethod
+    def unipelt(cls, **common: Unpack[Common]) -> Self:
+        """The paper's UniPELT (APL): bottleneck 48, prefix 10, LoRA 8, a linear gate for each (Mao et al., ACL 2022)."""
+        lora = LoRA(rank=8, alpha=8)
+        return cls(methods=[lora, Bottleneck(bottleneck_size=48), _published_prefix()], gate=LinearGate(), **common)
+
+    @classmethod
+    def unipelt_ap(cls, **common: Unpack[Common]) -> Self:
+        """The paper's UniPELT (AP), without LoRA."""
+        return cls(methods=[Bottleneck(bottleneck_size=48), _published_prefix()], gate=LinearGate(), **common)
+
+    @classmethod
+    def single(cls, method: MethodLike, **common: Unpack[Common]) -> Self:
+        """One plain method, its gate fixed at 1."""
+        return cls(methods=[method], gate=FixedGate(1.0), **common)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values; every spec with its kind."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        values["methods"] = None if self.methods is None else [m.to_dict() for m in self.specs]
+        values["gate"] = self.gate_spec.to_dict()
+        return values
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
+        """Reads a saved config; a local folder's weights are checked first, so that nothing is attached in vain."""
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if folder.is_dir():
+            _check_folder(folder)
+        return cast(Self, super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs))
+
+
+def _published_prefix() -> Prefix:
+    return Prefix(prefix_length=10, parametrisation="mlp", gating="mass")
+
+
+def _check_folder(folder: Path) -> None:
+    """Refuses a folder whose config or weights cannot be read, or whose weights are a pickle."""
+    try:
+        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterError(f"{folder}/adapter_config.json cannot be read: expected JSON, got {error}.") from error
+    weights = folder / WEIGHTS
+    if not weights.exists():
+        there = ", ".join(sorted(p.name for p in folder.iterdir()))
+        raise AdapterError(
+            f"{folder} holds no {WEIGHTS}; it holds {there}. Pelton reads safetensors only, never pickled weights "
+            "(.bin, .pt): save the adapter again with save_pretrained."
+        )
+    try:
+        with safe_open(weights, framework="pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(
+            f"{weights} is not a whole safetensors file ({weights.stat().st_size} bytes): {error}. "
+            "Copy it again or save the adapter anew."
+        ) from error

@@ -1,0 +1,102 @@
+"""Folding adapters into the backbone's weights: exact where gates are static and every method is linear in its layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pelton.errors import AdapterError
+from pelton.gates import StaticGate
+from pelton.methods import BitFit, Part
+from pelton.tuner.block import GatedBlock
+from pelton.tuner.plan import Edit
+
+
+def check_foldable(gated: GatedBlock, block: nn.Module, adapters: Sequence[str]) -> None:
+    """Raises AdapterError unless the adapters fold exactly into the layers of a block."""
+    for name in adapters:
+        if name not in gated.wirings:
+            continue
+        gate = gated.gates[name]
+        if not isinstance(gate, StaticGate):
+            raise AdapterError(
+                f"Adapter {name!r} has gates that read the input ({gate.granularity!r}), so no constant weight equals "
+                "it. Freeze the gates first, or train with ScalarGate or FixedGate."
+            )
+        for spec in gated.wirings[name].methods:
+            if not spec.foldable:
+                raise AdapterError(
+                    f"Adapter {name!r} holds {spec.kind!r}, which is not a change of the backbone's weights. Only "
+                    "adapters of foldable methods (lora, ia3, bitfit) merge; keep this one attached."
+                )
+        _check_layers(gated, block, name)
+
+
+def _check_layers(gated: GatedBlock, block: nn.Module, name: str) -> None:
+    for (path, _), edits in gated.wirings[name].edits.items():
+        layer = block.get_submodule(path)
+        where = f"{gated.block.name}.{path}"
+        if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D):
+            raise AdapterError(f"{where} is a {type(layer).__name__}; adapters merge into nn.Linear and Conv1D only.")
+        if layer.bias is None and any(edit.kind == BitFit.kind for edit in edits):
+            raise AdapterError(
+                f"Adapter {name!r} trains a bias for {where}, which has none to merge into. Keep the adapter attached, "
+                "or leave the site out of BitFit."
+            )
+
+
+@torch.no_grad()
+def fold_block(
+    gated: GatedBlock, block: nn.Module, adapters: Sequence[str], check: bool = False
+) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yields each parameter of a block that changes and the value it takes; writes nothing.
+
+    Args:
+        gated: the gated block.
+        block: the transformer block it stands in.
+        adapters: the adapters to fold, in order.
+        check: refuse values that are not finite.
+    """
+    layers: dict[str, None] = {p: None for a in adapters if a in gated.wirings for p, _ in gated.wirings[a].edits}
+    for path in layers:
+        layer = block.get_submodule(path)
+        flipped = isinstance(layer, Conv1D)
+        weight = layer.weight.detach().float().clone()
+        weight = weight.t().contiguous() if flipped else weight
+        bias = None if layer.bias is None else layer.bias.detach().float().clone()
+        for name in adapters:
+            weight, bias = _fold_adapter(gated, path, name, weight, bias)
+        if check and not all(bool(torch.isfinite(t).all()) for t in (weight, bias) if t is not None):
+            raise AdapterError(f"Merging into {gated.block.name}.{path} gives values that are not finite; nothing merged.")
+        yield layer.weight, weight.t() if flipped else weight
+        if bias is not None:
+            yield layer.bias, bias
+
+
+def _fold_adapter(
+    gated: GatedBlock, path: str, name: str, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    if name not in gated.wirings:
+        return weight, bias
+    edits = gated.wirings[name].edits
+    for edit in (*edits.get((path, "input"), ()), *edits.get((path, "output"), ())):
+        if edit.kind not in gated.off:
+            weight, bias = _fold_edit(gated, name, edit, weight, bias)
+    return weight, bias
+
+
+def _fold_edit(
+    gated: GatedBlock, name: str, edit: Edit, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    part, gate = gated.methods[name][edit.kind][edit.key], gated.gates[name]
+    assert isinstance(part, Part)
+    assert isinstance(gate, StaticGate)
+    rows = slice(edit.start, edit.stop)
+    new_weight, new_bias = part.fold(weight[rows], None if bias is None else bias[rows], gate.values()[edit.number])
+    weight[rows] = new_weight
+    if bias is not None and new_bias is not None:
+        bias[rows] = new_bias
+    return weight, bias

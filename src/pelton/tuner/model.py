@@ -1,0 +1,223 @@
+"""PeltonModel: the PEFT tuner. It puts one gated block beside the modules of every transformer block.
+
+PEFT calls it to add, switch, save, load, merge and remove adapters. What a block does with them is in `block.py`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.integrations import init_empty_weights
+from peft.utils.other import set_additional_trainable_modules
+from torch import nn
+
+from pelton.anatomy import find_anatomy
+from pelton.errors import AdapterError
+from pelton.gates import DynamicGateSpec
+from pelton.gates.penalties import penalty, wanted
+from pelton.methods import METHODS
+from pelton.tuner.block import GatedBlock
+from pelton.tuner.checkpoint import CheckpointKeys
+from pelton.tuner.config import PeltonConfig
+from pelton.tuner.merge import check_foldable, fold_block
+from pelton.tuner.plan import BlockPlan, fingerprint, make_plan
+from pelton.tuner.register import PREFIX
+from pelton.tuner.routing import routed_batch
+from pelton.tuner.taps import Taps
+
+CHILD = "pelton"
+"""The name of the gated block among the children of a transformer block."""
+
+
+class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is not typed
+    """Gated methods in every block of a backbone.
+
+    Attributes:
+        model: the backbone; its modules, names and weights are not changed.
+        peft_config: the configs by adapter name.
+    """
+
+    prefix = PREFIX
+    tuner_layer_cls = GatedBlock
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads it from the class
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the backbone; in training, adds the gate penalties to `outputs.loss`."""
+        names = [n for n in self.active_adapters if wanted(self.peft_config[n].gate_spec)] if self.training else []
+        if not names:
+            return self.model(*args, **kwargs)
+        blocks = list(self.blocks())
+        for block in blocks:
+            block.kept = []
+        try:
+            outputs = self.model(*args, **kwargs)
+            if getattr(outputs, "loss", None) is not None:
+                outputs["loss"] = outputs.loss + sum(self._penalty(name, blocks) for name in names)
+        finally:
+            for block in blocks:
+                block.kept = None
+        return outputs
+
+    def _penalty(self, name: str, blocks: Sequence[GatedBlock]) -> torch.Tensor:
+        seen = [(values, mask) for block in blocks for n, values, mask in block.kept or () if n == name]
+        if not any(values.requires_grad for values, _ in seen) and torch.is_grad_enabled():
+            raise AdapterError(
+                "Gate penalties need gradients through the gates, but they have none. With gradient checkpointing, "
+                "pass gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        return penalty(cast(DynamicGateSpec, self.peft_config[name].gate_spec), seen)
+
+    def blocks(self) -> Iterator[GatedBlock]:
+        """Yields the gated blocks, in the order of the model."""
+        for module in self.model.modules():
+            if isinstance(module, GatedBlock):
+                yield module
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Adds an adapter to the backbone. Everything is planned and built before the model is touched.
+
+        Args:
+            model: the backbone.
+            adapter_name: under which name.
+            autocast_adapter_dtype: PEFT's switch; adapter weights are float32 in any case.
+            low_cpu_mem_usage: build on the meta device, to be filled by loading.
+            state_dict: PEFT's hint where the adapter goes; the config says it already.
+        """
+        _check_name(adapter_name)
+        config = self.peft_config[adapter_name]
+        context: AbstractContextManager[Any] = init_empty_weights() if low_cpu_mem_usage else nullcontext()
+        try:
+            anatomy = find_anatomy(model)
+            with context:
+                plans = make_plan(config, anatomy)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        config = self.peft_config[adapter_name] = copy.copy(config)
+        config.backbone = fingerprint(anatomy)
+        others = [(p, p.requires_grad) for p in model.parameters()] if len(self.peft_config) > 1 else []
+        for plan in plans:
+            parent = model.get_submodule(plan.block.name)
+            self._create_and_replace(config, adapter_name, parent, CHILD, parent, plan.block.name, plan=plan)
+        self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *(p.block.name for p in plans)]))
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        self._mark_only_adapters_as_trainable(model)
+        set_additional_trainable_modules(
+            model=model,
+            peft_config=config,
+            model_config=self.get_model_config(model),
+            adapter_name=adapter_name,
+            activate_adapter=adapter_name in self.active_adapters,
+        )
+        for parameter, requires_grad in others:
+            parameter.requires_grad = requires_grad
+
+    def _create_and_replace(
+        self,
+        peft_config: PeltonConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        plan: BlockPlan,
+    ) -> None:
+        """Adds one adapter to one transformer block; the first one makes the gated block."""
+        gated = getattr(parent, target_name, None)
+        if gated is None:
+            gated = GatedBlock(plan.block)
+            gated.taps = Taps(gated, parent)
+            parent.add_module(target_name, gated)
+        gated.add(adapter_name, plan)
+        gated.taps.connect(parent, adapter_name)
+        layer = parent.get_submodule(next(iter(plan.block.sites.values()))[0].path)
+        device = next(layer.parameters()).device
+        if device.type != "meta" and not any(p.is_meta for p in gated.parameters()):
+            gated.to(device)
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+        """PEFT's hook for mixed batches: `adapter_names` gives each row its adapter."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            return nullcontext()
+        if self.training:
+            raise AdapterError("adapter_names is for inference, but the model is in training mode. Call model.eval().")
+        return routed_batch(self, list(names), int(kwargs.get("num_beams") or 1))
+
+    def _check_merge_allowed(self, adapter_names: Sequence[str] | None = None) -> None:
+        """Raises AdapterError unless every part of the adapters folds exactly."""
+        names = list(adapter_names or self.active_adapters)
+        for name in names:
+            if name not in self.peft_config:
+                raise AdapterError(f"There is no adapter {name!r} to merge. There are: {', '.join(self.peft_config)}.")
+        for path, block in self._named_blocks():
+            check_foldable(block, self.model.get_submodule(path), names)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Refused: weights are merged by `merge_and_unload`, or not at all."""
+        raise AdapterError("Pelton merges in one step, without a way back: call merge_and_unload() on a copy.")
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        """Removes the gated blocks; with `merge`, folds the adapters into the backbone's weights first.
+
+        All folded weights are computed before the first one is written.
+        """
+        if merge:
+            self._check_merge_allowed(adapter_names)
+            names = list(adapter_names or self.active_adapters)
+            folded = [
+                entry
+                for path, block in self._named_blocks()
+                for entry in fold_block(block, self.model.get_submodule(path), names, check=safe_merge)
+            ]
+            for parameter, value in folded:
+                parameter.data.copy_(value)
+        for path, block in list(self._named_blocks()):
+            block.taps.disconnect()
+            delattr(self.model.get_submodule(path), CHILD)
+        self._unwrap_saved_modules(merge)
+        if hasattr(self.model, "peft_config"):
+            del self.model.peft_config
+        return cast(nn.Module, self.model)
+
+    def _unwrap_saved_modules(self, merge: bool) -> None:
+        """Puts heads and other `modules_to_save` back, trained when merging, as they were otherwise."""
+        wrapped = [(n, m) for n, m in self.model.named_modules() if hasattr(m, "unload_and_optionally_merge_module")]
+        for name, module in wrapped:
+            parent, _, child = name.rpartition(".")
+            plain = module.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=None)
+            setattr(self.model.get_submodule(parent), child, plain)
+
+    def _named_blocks(self) -> Iterator[tuple[str, GatedBlock]]:
+        for name, module in self.model.named_modules():
+            if isinstance(module, GatedBlock):
+                yield name.removesuffix(f".{CHILD}"), module
+
+
+def _check_name(name: str) -> None:
+    """Refuses adapter names that PEFT could not tell from the parts of an adapter when it saves one of several."""
+    reserved = {"gates", "methods", CHILD, "hidden", "out", "down", *METHODS}
+    if name in reserved or "." in name or not name:
+        raise AdapterError(f"An adapter cannot be named {name!r}: parts of adapters are. Choose another name.")
+
+
+__all__ = ["BaseTunerLayer", "PeltonModel"]

@@ -1,0 +1,168 @@
+"""From a config and an anatomy to what each block gets; everything is checked here, before a model is touched."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections import defaultdict
+from typing import Any, Literal
+
+from torch import nn
+
+from pelton.anatomy import Anatomy, Block
+from pelton.errors import AdapterError, AnatomyError, SpecError
+from pelton.gates import Gate, Place
+from pelton.methods import MethodSpec, Part, PrefixPart
+from pelton.tuner.config import PeltonConfig
+
+Edits = Literal["input", "output"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Edit:
+    """One part as its layer's hook finds it: the method's kind, its number among the gate values, the part's key, and
+    the slice of the layer's output that it edits (None: all of it)."""
+
+    kind: str
+    number: int
+    key: str
+    start: int | None
+    stop: int | None
+    order: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Wiring:
+    """Where the parts of one adapter go in one block.
+
+    Attributes:
+        methods: the specs that have a site here, in the order of the gate values.
+        edits: for a layer's path and its input or output, the parts that edit it, in order.
+        origins: for a layer's path, the site under whose name its input is kept for parts that read it elsewhere.
+    """
+
+    methods: tuple[MethodSpec, ...]
+    edits: dict[tuple[str, Edits], tuple[Edit, ...]]
+    origins: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockPlan:
+    """What one adapter adds to one block.
+
+    Attributes:
+        block: the block.
+        gate: its gate.
+        parts: part by kind and key; the keys are sites, numbered where a site has several layers.
+        wiring: where the parts go.
+    """
+
+    block: Block
+    gate: Gate
+    parts: dict[str, dict[str, nn.Module]]
+    wiring: Wiring
+
+
+def make_plan(config: PeltonConfig, anatomy: Anatomy) -> list[BlockPlan]:
+    """Decides what each block gets and builds it, without touching the model.
+
+    Raises:
+        AdapterError: the config was saved for another backbone.
+        AnatomyError: a site or a block that the config names does not exist.
+        SpecError: a gate's law is broken, such as a pooled gate in a causal block.
+    """
+    _check_backbone(config, anatomy)
+    specs = _fitting(config, anatomy)
+    plans = []
+    for block in anatomy.blocks:
+        methods = tuple(
+            s for s in specs if (s.layers is None or block.index in s.layers) and any(x in block.sites for x in s.sites)
+        )
+        if methods:
+            plans.append(_plan_block(config, block, methods))
+    return plans
+
+
+def fingerprint(anatomy: Anatomy) -> dict[str, Any]:
+    """Returns what an adapter must find again in the backbone it is loaded onto."""
+    return {"model_type": anatomy.model_type, "hidden_sizes": list(anatomy.hidden_sizes)}
+
+
+def _check_backbone(config: PeltonConfig, anatomy: Anatomy) -> None:
+    found = fingerprint(anatomy)
+    if config.backbone is not None and config.backbone != found:
+        raise AdapterError(
+            f"The adapter was made for {_describe(config.backbone)}, but the backbone is {_describe(found)}. "
+            "Load it onto the backbone it was trained with."
+        )
+
+
+def _describe(backbone: dict[str, Any]) -> str:
+    sizes = backbone.get("hidden_sizes", [])
+    return f"{backbone.get('model_type')!r} with {len(sizes)} blocks of width {sorted(set(sizes))}"
+
+
+def _fitting(config: PeltonConfig, anatomy: Anatomy) -> tuple[MethodSpec, ...]:
+    """Returns the methods that the backbone has sites for; of those that the user named, all must fit."""
+    count = len(anatomy.blocks)
+    for spec in config.specs:
+        for index in spec.layers or ():
+            if not 0 <= index < count:
+                raise AnatomyError(
+                    f"`0 <= layer < {count}` must hold, but got layer={index} for {spec.kind!r}: "
+                    f"{anatomy.model_type!r} has {count} blocks."
+                )
+    if config.methods is not None:
+        for spec in config.specs:
+            anatomy.require(spec.sites, spec.kind)
+        return config.specs
+    specs = tuple(s for s in config.specs if any(site in b.sites for b in anatomy.blocks for site in s.sites))
+    for spec in config.specs:
+        if spec not in specs:
+            reason = anatomy.blocks[0].missing.get(spec.sites[0], "it has no such site")
+            warnings.warn(f"Left {spec.kind!r} out of the default on {anatomy.model_type!r}: {reason}.", stacklevel=2)
+    return specs
+
+
+def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, ...]) -> BlockPlan:
+    gate = config.gate_spec.build(Place(tuple(m.kind for m in methods), block.hidden_size, block.causal))
+    if block.windowed and gate.granularity == "token":
+        raise SpecError(
+            f"`granularity != 'token'` must hold where attention runs in windows, but got granularity='token' for "
+            f"{block.name!r}. Use granularity='example'."
+        )
+    parts: dict[str, dict[str, nn.Module]] = {}
+    edits: dict[tuple[str, Edits], list[Edit]] = defaultdict(list)
+    origins: dict[str, str] = {}
+    for number, spec in enumerate(methods):
+        parts[spec.kind] = {}
+        for site in spec.sites:
+            places = block.sites.get(site, ())
+            for i, (place, shape) in enumerate(zip(places, block.shapes(site) if places else (), strict=True)):
+                key = site.replace(".", "_") + (f"_{i}" if len(places) > 1 else "")
+                part = parts[spec.kind][key] = spec.build(shape)
+                if isinstance(part, PrefixPart):
+                    _check_prefix(part, gate)
+                elif isinstance(part, Part):
+                    edit = Edit(spec.kind, number, key, place.start, place.stop, part.order)
+                    edits[place.path, part.edits].append(edit)
+                    if part.origin:
+                        origins[_origin(block, part.origin)] = part.origin
+                else:
+                    raise SpecError(f"{spec.kind!r} built a {type(part).__name__}; expected a Part or a PrefixPart.")
+    ordered = {where: tuple(sorted(some, key=lambda e: e.order)) for where, some in edits.items()}
+    return BlockPlan(block, gate, parts, Wiring(methods, ordered, origins))
+
+
+def _origin(block: Block, site: str) -> str:
+    if site not in block.sites:
+        raise AnatomyError(f"A parallel bottleneck reads the input of {site!r}, which {block.name!r} lacks.")
+    return block.sites[site][0].path
+
+
+def _check_prefix(part: PrefixPart, gate: Gate) -> None:
+    if part.gating == "scale" and gate.granularity == "token":
+        raise SpecError(
+            "`gating='mass' or granularity != 'token'` must hold, but got gating='scale', granularity='token': one "
+            "scaled key cannot differ from query to query. Use Prefix(gating='mass')."
+        )

@@ -1,0 +1,3 @@
+"""The version of Pelton."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,66 @@
+"""What every law needs: adapters with all methods, awake; differences of outputs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from zoo import Arch
+
+from pelton import IA3, BitFit, Bottleneck, FixedGate, LinearGate, LoRA, MLPGate, PeltonConfig, Prefix, ScalarGate
+from pelton.gates import GateSpec
+from pelton.methods import LINEAR_SITES, MethodSpec
+
+METHODS: dict[str, MethodSpec] = {
+    "lora": LoRA(rank=3, alpha=6, sites=LINEAR_SITES),
+    "bottleneck": Bottleneck(bottleneck_size=5, sites=("ffn.out", "attn.out")),
+    "bottleneck-parallel": Bottleneck(bottleneck_size=5, mode="parallel", sites=("ffn.out", "attn.out"), scaling=2.0),
+    "prefix-kv": Prefix(prefix_length=3, init_std=1.0),
+    "prefix-mlp": Prefix(prefix_length=3, parametrisation="mlp", mlp_size=6, init_std=1.0),
+    "prefix-token": Prefix(prefix_length=3, parametrisation="token", init_std=1.0),
+    "ia3": IA3(sites=("attn.k", "attn.v", "ffn.in", "ffn.out")),
+    "bitfit": BitFit(),
+}
+"""One spec of every method and form; `arch_methods` gives those that an architecture takes."""
+
+GATES: dict[str, GateSpec] = {
+    "mlp": MLPGate(hidden_size=8, init_std=0.5),
+    "mlp-sigmoid": MLPGate(hidden_size=8, activation="sigmoid", temperature=0.5, init_std=0.5),
+    "linear": LinearGate(),
+    "scalar": ScalarGate(init=0.3),
+    "fixed": FixedGate(0.4),
+}
+
+TOGETHER = ("lora", "bottleneck", "prefix-kv", "ia3", "bitfit")
+
+
+def arch_methods(arch: Arch) -> list[str]:
+    return [name for name in METHODS if arch.prefix or not name.startswith("prefix")]
+
+
+def together(arch: Arch) -> list[MethodSpec]:
+    return [METHODS[name] for name in TOGETHER if name in arch_methods(arch)]
+
+
+def wake(model: Any, adapter: str = "default", seed: int = 5, std: float = 0.3) -> Any:
+    """Gives every adapter parameter a random value, so that nothing is zero by initialisation."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if f".{adapter}." in name and (".pelton.methods." in name or ".pelton.gates." in name):
+                p.copy_(torch.randn(p.shape, generator=g).to(p) * std)
+    return model
+
+
+def attached(arch: Arch, gate: GateSpec | str = "mlp", methods: list[MethodSpec] | None = None, **more: Any) -> Any:
+    """A fresh backbone with an awake adapter."""
+    spec = GATES[gate] if isinstance(gate, str) else gate
+    config = PeltonConfig(methods=together(arch) if methods is None else methods, gate=spec, **more)
+    return wake(get_peft_model(arch.build(), config)).eval()
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    """The largest difference."""
+    return float((a - b).abs().max())
