@@ -15,7 +15,7 @@ from pelton.methods import LINEAR_SITES, MethodSpec
 
 METHODS: dict[str, MethodSpec] = {
     "lora": LoRA(rank=3, alpha=6, sites=LINEAR_SITES),
-    "bottleneck": Bottleneck(bottleneck_size=5, sites=("ffn.out", "attn.out")),
+    "bottleneck": Bottleneck(bottleneck_size=5, activation="gelu", sites=("ffn.out", "attn.out")),
     "bottleneck-parallel": Bottleneck(bottleneck_size=5, mode="parallel", sites=("ffn.out", "attn.out"), scaling=2.0),
     "prefix-kv": Prefix(prefix_length=3, init_std=1.0),
     "prefix-mlp": Prefix(prefix_length=3, parametrisation="mlp", mlp_size=6, init_std=1.0),
@@ -54,13 +54,16 @@ def wake(model: Any, adapter: str = "default", seed: int = 5, std: float = 0.3) 
     return model
 
 
-def attached(arch: Arch, gate: GateSpec | str = "mlp", methods: list[MethodSpec] | None = None, **more: Any) -> Any:
+def attached(
+    arch: Arch, gate: GateSpec | str = "mlp", methods: list[MethodSpec] | None = None, std: float = 0.3, **more: Any
+) -> Any:
     """A fresh backbone with an awake adapter."""
     spec = GATES[gate] if isinstance(gate, str) else gate
     config = PeltonConfig(methods=together(arch) if methods is None else methods, gate=spec, **more)
-    return wake(get_peft_model(arch.build(), config)).eval()
+    return wake(get_peft_model(arch.build(), config), std=std).eval()
 
 
 def far(a: Tensor, b: Tensor) -> float:
-    """The largest difference."""
-    return float((a - b).abs().max())
+    """The largest difference, relative to the largest value where that is above 1."""
+    a, b = a.detach(), b.detach()
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1))

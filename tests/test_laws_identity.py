@@ -26,7 +26,7 @@ def test_closed_gate_is_the_backbone_and_open_gate_is_not(arch: Arch, method: st
         closed = arch.run(attached(arch, FixedGate(0.0), [METHODS[method]]), inputs)
         opened = arch.run(attached(arch, FixedGate(1.0), [METHODS[method]]), inputs)
     assert far(plain, closed) <= 1e-6
-    assert far(plain, opened) > 1e-4
+    assert far(plain, opened) > 1e-5
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -45,23 +45,11 @@ def _whole_layers(arch: Arch, sites: tuple[str, ...]) -> list[str]:
     return [f"{b.name}.{p.path}" for b in blocks for s in sites for p in b.sites.get(s, ()) if p.start is None]
 
 
-def _copy_lora(ours: Any, theirs: Any) -> None:
-    for block in find_anatomy(theirs.get_base_model()).blocks:
-        for site in LINEAR_SITES:
-            for i, place in enumerate(block.sites.get(site, ())):
-                layer = theirs.get_base_model().get_submodule(f"{block.name}.{place.path}".replace(".base_layer", ""))
-                key = site.replace(".", "_") + (f"_{i}" if len(block.sites[site]) > 1 else "")
-                gated = ours.get_base_model().get_submodule(block.name).pelton
-                part = gated.methods["default"]["lora"][key]
-                layer.lora_A["default"].weight.data.copy_(part.A)
-                layer.lora_B["default"].weight.data.copy_(part.B)
-
-
 @pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "llama", "qwen3", "gemma3", "t5", "bart", "vit", "swin"])
 def test_open_lora_equals_pefts(name: str) -> None:
     arch, inputs = ARCHS[name], ARCHS[name].inputs()
     spec = LoRA(rank=4, alpha=12, sites=LINEAR_SITES)
-    ours = attached(arch, FixedGate(1.0), [spec])
+    ours = attached(arch, FixedGate(1.0), [spec], std=0.1)
     layers = _whole_layers(arch, LINEAR_SITES)
     theirs = get_peft_model(arch.build(), LoraConfig(r=4, lora_alpha=12, target_modules=layers)).eval()
     blocks = find_anatomy(arch.build()).blocks
@@ -82,7 +70,7 @@ def test_open_lora_equals_pefts(name: str) -> None:
 def test_open_ia3_equals_pefts(name: str) -> None:
     arch, inputs = ARCHS[name], ARCHS[name].inputs()
     sites = ("attn.k", "attn.v", "ffn.out")
-    ours = attached(arch, FixedGate(1.0), [IA3(sites=sites)])
+    ours = attached(arch, FixedGate(1.0), [IA3(sites=sites)], std=0.1)
     config = IA3Config(target_modules=_whole_layers(arch, sites), feedforward_modules=_whole_layers(arch, ("ffn.out",)))
     theirs = get_peft_model(arch.build(), config).eval()
     for block in find_anatomy(arch.build()).blocks:
@@ -127,10 +115,12 @@ def test_unload_is_bitwise_identity(arch: Arch) -> None:
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_copies_are_equal_and_independent(arch: Arch, way: str) -> None:
     model, inputs = attached(arch), arch.inputs()
-    before = arch.run(model, inputs)  # with gradients: what a forward leaves must not get in the way
+    arch.run(model, inputs)  # with gradients: what a forward leaves must not get in the way
+    with torch.no_grad():
+        before = arch.run(model, inputs)
     twin = copy.deepcopy(model) if way == "deepcopy" else pickle.loads(pickle.dumps(model))
     with torch.no_grad():
         assert torch.equal(before, arch.run(twin, inputs))
         wake(twin, seed=9)
-        assert far(before, arch.run(twin, inputs)) > 1e-4
+        assert far(before, arch.run(twin, inputs)) > 1e-5
         assert torch.equal(before, arch.run(model, inputs))

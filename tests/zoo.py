@@ -48,7 +48,7 @@ class Arch:
     """One architecture.
 
     `kind` decides the inputs; `prefix` says whether attention goes through transformers' interface; `causal` whether the
-    output has one row per token that may see only what came before.
+    output has one row per token that may see only what came before; `checkpoints` whether transformers can checkpoint it.
     """
 
     name: str
@@ -56,7 +56,7 @@ class Arch:
     kind: str = "text"
     prefix: bool = True
     causal: bool = False
-    eager: bool = True
+    checkpoints: bool = True
     out: Callable[[Any], Tensor] = lambda o: o.logits
 
     def build(self, seed: int = 0) -> Any:
@@ -75,11 +75,13 @@ class Arch:
     def inputs(self, batch: int = 3, seed: int = 1) -> dict[str, Tensor]:
         """Rows of different lengths, right-padded; images and sounds are whole."""
         g = torch.Generator().manual_seed(seed)
-        ids = torch.randint(3, VOCAB, (batch, SEQ), generator=g)
+        ids = torch.randint(3, VOCAB - 1, (batch, SEQ), generator=g)
         mask = torch.ones_like(ids)
         for row in range(1, batch):
             mask[row, SEQ - 2 * row :] = 0
         text = {"input_ids": ids * mask, "attention_mask": mask}
+        if self.kind == "image-text":  # CLIP reads the text at its highest id
+            text["input_ids"][torch.arange(batch), mask.sum(1) - 1] = VOCAB - 1
         pixels = {"pixel_values": torch.randn(batch, 3, 16, 16, generator=g)}
         return {
             "text": lambda: text,
@@ -142,7 +144,7 @@ def _whisper() -> nn.Module:
 
 
 def _clip() -> nn.Module:
-    text = TEXT | dict(projection_dim=16, eos_token_id=98)
+    text = TEXT | dict(projection_dim=16)
     return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=VISION | dict(projection_dim=16), projection_dim=16))
 
 
@@ -157,7 +159,7 @@ ARCHS = {
         Arch("bert", _text("Bert")),
         Arch("roberta", _text("Roberta")),
         Arch("electra", _text("Electra", embedding_size=16)),
-        Arch("albert", _text("Albert", embedding_size=16)),
+        Arch("albert", _text("Albert", embedding_size=16), checkpoints=False),
         Arch("distilbert", _distilbert),
         Arch(
             "deberta-v2",

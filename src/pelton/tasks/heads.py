@@ -6,11 +6,11 @@ their [CLS] token. Shapes: B batch, T tokens, D hidden, C classes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 
@@ -37,6 +37,12 @@ class MeanPoolingClassifier(PreTrainedModel):  # type: ignore[misc]
         self.dropout = nn.Dropout(_dropout(config))
         self.classifier = nn.Linear(config.hidden_size, config.num_labels, dtype=backbone.dtype)
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, folder: Any, *arguments: Any, **options: Any) -> Self:
+        """Loads what `save_pretrained` wrote; the encoder's architecture is read from its config."""
+        options.setdefault("config", AutoConfig.from_pretrained(folder))
+        return cast(Self, super().from_pretrained(folder, *arguments, **options))
 
     def forward(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -11,7 +10,6 @@ from pelton.tasks.settings import TaskSettings
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0.0)]
-SpecValues = Mapping[str, Any]
 
 
 class _Section(BaseModel):
@@ -31,14 +29,14 @@ class AdapterSettings(_Section):
     """
 
     preset: str | None = None
-    methods: list[str | SpecValues] | None = None
-    gate: str | SpecValues | None = None
+    methods: list[Any] | None = None
+    gate: Any = None
     modules_to_save: list[str] | None = None
 
     @model_validator(mode="after")
     def _one_source_of_methods(self) -> Self:
         if self.preset is not None and self.methods is not None:
-            raise ValueError("preset and methods exclude each other, but got both. Keep one")
+            raise ValueError("preset and methods exclude each other: set adapter.preset=null to list methods")
         return self
 
 
@@ -105,7 +103,7 @@ class Recipe(_Section):
         output: The folder in which the run makes its own.
     """
 
-    name: str = "run"
+    name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "run"
     description: str = ""
     backbone: str
     task: TaskSettings

@@ -126,16 +126,18 @@ def _with_prefixes(
     if not prefixes:
         return base(module, query, key, value, attention_mask, **kwargs)
     mask = _additive(module, query, key, attention_mask, tap.implementation, kwargs)
-    keys, values, biases, length = [key], [value], [mask], 0
-    for part, gate in reversed(prefixes):
-        pk, pv = (t.to(key.dtype) for t in part(_projection(module, tap.gated)))
+    rows = max(mask.shape[0], *(gate.shape[0] for _, gate in prefixes))
+    keys, values, biases, length = [], [], [], 0
+    for part, gate in prefixes:
+        pk, pv = (t.to(key.dtype) for t in part(_Projection(module, tap.gated)))
         bias = torch.zeros_like(gate) if part.gating == "scale" else _log(gate)
         if part.gating == "scale":
             pk, pv = pk * gate[:, None].to(key.dtype), pv * gate[:, None].to(key.dtype)
-        keys.insert(0, pk.expand(key.shape[0], -1, -1, -1))
-        values.insert(0, pv.expand(key.shape[0], -1, -1, -1))
-        biases.insert(0, bias[:, None].to(query.dtype).expand(mask.shape[0], mask.shape[1], mask.shape[2], part.length))
+        keys.append(pk.expand(key.shape[0], -1, -1, -1))
+        values.append(pv.expand(key.shape[0], -1, -1, -1))
+        biases.append(bias[:, None].to(query.dtype).expand(rows, *mask.shape[1:3], part.length))
         length += part.length
+    keys, values, biases = [*keys, key], [*values, value], [*biases, mask.expand(rows, -1, -1, -1)]
     if kwargs.get("position_bias") is not None:
         kwargs["position_bias"] = F.pad(kwargs["position_bias"], (length, 0))
     kwargs.pop("is_causal", None)
@@ -202,10 +204,6 @@ class _Projection:
         dtype = next(layer.parameters()).dtype
         output = layer.forward(hidden.to(dtype if dtype.is_floating_point else hidden.dtype)[None])[0]
         return output if place.start is None else output[:, place.start : place.stop]
-
-
-def _projection(module: nn.Module, gated: GatedBlock) -> _Projection:
-    return _Projection(module, gated)
 
 
 ALL_ATTENTION_FUNCTIONS.register(NAME, attention_forward)

@@ -82,7 +82,7 @@ def _fold_adapter(
     if name not in gated.wirings:
         return weight, bias
     edits = gated.wirings[name].edits
-    for edit in (*edits.get((path, "input"), ()), *edits.get((path, "output"), ())):
+    for edit in (*edits.get((path, "output"), ()), *edits.get((path, "input"), ())):  # outputs read the edited input
         if edit.kind not in gated.off:
             weight, bias = _fold_edit(gated, name, edit, weight, bias)
     return weight, bias

@@ -1,0 +1,143 @@
+"""The commands. What takes long to import is imported when a command runs, so that `pelton --help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pelton.version import __version__
+
+app = typer.Typer(
+    help="Gated parameter-efficient fine-tuning for Hugging Face Transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"pelton {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+) -> None:
+    """Gated parameter-efficient fine-tuning for Hugging Face Transformers."""
+
+
+@app.command()
+def fit(
+    recipe: Annotated[str | None, typer.Argument(help="A shipped recipe or a YAML file.", show_default=False)] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a value, such as training.epochs=3."),
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted run.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="Where the run's folder is made.")] = None,
+) -> None:
+    """Train a recipe, or go on with a run."""
+    if (recipe is None) == (resume is None):
+        raise typer.BadParameter("give either a recipe or --resume RUN")
+    if resume is not None and (overrides or output):
+        raise typer.BadParameter("--resume goes on as the run began: --set and --output do not go with it")
+    from pelton.cli import show
+    from pelton.training import fit as training
+    from pelton.training.loading import load_recipe
+
+    try:
+        if resume is not None:
+            run = training.resume(resume, progress=True)
+        else:
+            added = [] if output is None else [f"output={output}"]
+            run = training.fit(load_recipe(str(recipe), [*(overrides or []), *added]), progress=True)
+    except training.Interrupted as error:
+        print(f"pelton: {error}", file=sys.stderr)
+        raise typer.Exit(130) from error
+    show.result(run.folder)
+
+
+@app.command()
+def predict(
+    run: RunPath,
+    text: Annotated[list[str] | None, typer.Option(help="A text to classify; may be repeated.")] = None,
+    pair: Annotated[list[str] | None, typer.Option(help="The second text of each --text, for pairs.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A file with the task's text columns.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where JSON lines go instead of the terminal.")] = None,
+) -> None:
+    """Classify texts; prints JSON lines."""
+    if (text is None) == (file is None):
+        raise typer.BadParameter("give either --text or --file")
+    if len(pair or text or []) != len(text or []):
+        raise typer.BadParameter("give one --pair for each --text")
+    from pelton.cli import show
+    from pelton.training.run import Run
+
+    trained = Run.load(run)
+    if file is not None:
+        texts = trained.task.read_texts(file)
+    else:
+        texts = list(zip(*(field for field in (text, pair) if field), strict=True))
+    show.predictions(trained.predict(texts), output)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: RunPath,
+    data: Annotated[Path | None, typer.Option(help="A labelled file; the run's own test split if not given.")] = None,
+) -> None:
+    """Compute a run's metrics; prints JSON."""
+    from pelton.cli import show
+    from pelton.training.run import Run
+
+    trained = Run.load(run)
+    show.metrics(trained.evaluate(trained.examples() if data is None else trained.task.read(data)))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that come with Pelton."""
+    from pelton.cli import show
+    from pelton.training.loading import load_recipe, shipped_recipes
+
+    show.recipes({name: load_recipe(name).description for name in shipped_recipes()})
+
+
+@app.command()
+def gates(
+    run: RunPath,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the heat map block × method.")] = None,
+) -> None:
+    """Show how open each method is in each block of a run."""
+    from pelton.cli import show
+    from pelton.insight.gates import gate_table, plot_gates
+
+    table = gate_table(run)
+    show.gates(table)
+    if plot is not None:
+        plot_gates(table, plot)
+        print(plot)
+
+
+@app.command()
+def anatomy(
+    model: Annotated[
+        str, typer.Argument(help="A hub name, a local folder or pkg:package/folder; only its config is read.")
+    ],
+) -> None:
+    """Show the blocks and sites of a model."""
+    from pelton.anatomy import find_anatomy
+    from pelton.cli import show
+    from pelton.training.backbone import load_skeleton
+
+    show.anatomy(model, find_anatomy(load_skeleton(model)))

@@ -1,0 +1,114 @@
+"""What the commands print."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterable, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pelton.anatomy import Anatomy, Block
+    from pelton.training.folder import RunFolder
+    from pelton.training.run import Prediction
+
+# viridis from 0 to 1, as in the picture.
+RAMP = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725")
+
+
+def result(folder: RunFolder) -> None:
+    """Prints what a training gave: scores, trainable share, gates, where it is."""
+    from pelton.insight.gates import gate_table
+
+    console, values = Console(), folder.read("metrics")
+    for split in ("validation", "test"):
+        if split in values:
+            scores = "  ".join(f"{name} {value:.2%}" for name, value in values[split].items())
+            console.print(f"{split:<11}{scores}", highlight=False)
+    counts = values["parameters"]
+    share = f"{counts['share']:.2%} ({counts['trainable']:,} of {counts['total']:,} parameters)"
+    console.print(f"{'trainable':<11}{share}", highlight=False)
+    if folder.gate_values.is_file():
+        console.print()
+        gates(gate_table(folder.path), brief=True)
+    console.print(f"\n{'run':<11}{folder.path}", highlight=False, soft_wrap=True)
+
+
+def gates(table: pd.DataFrame, *, brief: bool = False) -> None:
+    """Prints the effective weight of every method in every block; `brief` leaves the gate's kind out."""
+    from pelton.insight.gates import block_labels, methods_of
+
+    methods = methods_of(table)
+    grid = Table(box=None, title="mean gate value", title_justify="left", title_style="bold", padding=(0, 1))
+    grid.add_column("block")
+    for name in (*methods, "sum"):
+        grid.add_column(name, justify="right")
+    for name in () if brief else ("requires_grad", "is_buffer"):
+        grid.add_column(name)
+    for label, (_, row) in zip(block_labels(table), table.iterrows(), strict=True):
+        cells = [_gate_cell(float(row[name])) for name in methods]
+        extra = () if brief else (str(row["requires_grad"]), str(row["is_buffer"]))
+        grid.add_row(label, *cells, f"{row['sum']:.2f}", *extra)
+    Console().print(grid)
+
+
+def predictions(found: Iterable[Prediction], output: Path | None) -> None:
+    """Prints predictions as JSON lines, or writes them to a file."""
+    lines = "".join(json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in found)
+    if output is None:
+        sys.stdout.write(lines)
+    else:
+        output.write_text(lines, encoding="utf-8")
+
+
+def metrics(values: Mapping[str, float]) -> None:
+    """Prints metrics as one JSON object."""
+    print(json.dumps(values))
+
+
+def recipes(found: Mapping[str, str]) -> None:
+    """Prints the names of recipes and what they train."""
+    grid = Table(box=None, padding=(0, 1))
+    grid.add_column("recipe", style="bold")
+    grid.add_column("what")
+    for name, what in found.items():
+        grid.add_row(name, Text(what))
+    Console().print(grid)
+
+
+def anatomy(name: str, found: Anatomy) -> None:
+    """Prints the tree of blocks and sites; neighbours that look the same share a branch."""
+    tree = Tree(Text(f"{name}: {len(found.blocks)} blocks"))
+    for _, same in groupby(found.blocks, key=_appearance):
+        blocks = list(same)
+        span = blocks[0].name if len(blocks) == 1 else f"{blocks[0].name} … {blocks[-1].name} ({len(blocks)} blocks)"
+        branch = tree.add(Text(f"{span}, {'causal' if blocks[0].causal else 'bidirectional'}", style="bold"))
+        for site, places in blocks[0].sites.items():
+            for place in places:
+                branch.add(Text(f"{site:<9} {place.path}  {place.in_features} → {place.out_features}"))
+        for site, reason in blocks[0].missing.items():
+            branch.add(Text(f"{site:<9} none: {reason}", style="dim"))
+    Console().print(tree, soft_wrap=True)
+
+
+def _appearance(block: Block) -> tuple[object, ...]:
+    return (block.stack, block.causal, tuple(block.sites.items()), tuple(block.missing.items()))
+
+
+def _gate_cell(value: float) -> Text:
+    """Writes a gate value on its colour; a method that the block lacks is a dash."""
+    if value != value:
+        return Text("–", style="dim")
+    place = min(max(value, 0.0), 1.0) * (len(RAMP) - 1)
+    return Text(f" {value:.2f} ", style=Style(color="black" if place > 3.0 else "white", bgcolor=RAMP[round(place)]))

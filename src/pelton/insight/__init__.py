@@ -1,0 +1,1 @@
+"""What was learned: tables and pictures made from a run's files."""

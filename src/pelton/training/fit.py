@@ -1,0 +1,186 @@
+"""Trains a recipe, or goes on with a run that was interrupted; evaluates; saves."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from peft import PeftModel
+from rich.console import Console
+from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainerCallback
+
+from pelton.errors import PeltonError, TrainingError
+from pelton.gates.recording import record_gates
+from pelton.tasks.classification import Examples, load_task
+from pelton.training.backbone import quiet
+from pelton.training.callbacks import GateWarmup, History, ProgressBar, StopBetweenSteps, StopOnNaN
+from pelton.training.folder import RunFolder
+from pelton.training.loading import dump_recipe, load_recipe
+from pelton.training.prepare import Prepared, environment, prepare
+from pelton.training.recipe import Recipe, TrainingSettings
+from pelton.training.run import Run
+from pelton.training.trainer import GatedTrainer, score
+from pelton.tuner.summary import gate_summary
+
+GATE_EXAMPLES = 512
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C ended a run that can be resumed."""
+
+    def __init__(self, folder: Path) -> None:
+        """Keeps the run's folder."""
+        super().__init__(f"Interrupted. Go on with: pelton fit --resume {folder}")
+        self.folder = folder
+
+
+def fit(recipe: Recipe, *, progress: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Run:
+    """Trains a recipe in a new folder under `recipe.output`.
+
+    Everything that can be wrong with the recipe, the data and the backbone is found before the folder is made.
+
+    Args:
+        recipe: What to train.
+        progress: Draws a bar on the terminal.
+        callbacks: Of your own, beside Pelton's.
+
+    Raises:
+        PeltonError: see `RecipeError`, `DataError`, `SpecError` and `TrainingError`.
+        Interrupted: Ctrl-C; the run can be resumed.
+    """
+    with quiet():
+        prepared = prepare(recipe)
+        folder = RunFolder.create(Path(recipe.output).expanduser(), recipe.name)
+        labels = prepared.task.labels
+        folder.recipe.write_text(dump_recipe(prepared.recipe), encoding="utf-8")
+        folder.write("labels", {"names": labels.names, "ids": labels.ids})
+        folder.write("environment", environment())
+        return _complete(folder, prepared, None, progress, callbacks)
+
+
+def resume(path: Path | str, *, progress: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Run:
+    """Goes on with a run from its last checkpoint, to the result that an uninterrupted run has.
+
+    Raises:
+        TrainingError: the folder is not a run, or the run is finished.
+        Interrupted: Ctrl-C again.
+    """
+    folder = RunFolder.open(Path(path))
+    if folder.phase == "finished":
+        raise TrainingError(f"{path} is finished: there is nothing to resume. Start a new run with pelton fit RECIPE.")
+    with quiet():
+        if folder.phase == "trained":
+            run = Run.load(folder.path)
+            _, splits = load_task(run.recipe.task, run.recipe.training.seed)
+            return _finish(run, splits)
+        prepared = prepare(load_recipe(folder.recipe))
+        return _complete(folder, prepared, folder.last_checkpoint(), progress, callbacks)
+
+
+def _complete(
+    folder: RunFolder,
+    prepared: Prepared,
+    checkpoint: Path | None,
+    progress: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> Run:
+    """Trains and finishes a run; whatever ends it early is noted in its folder."""
+    run = Run(folder, prepared.recipe, prepared.task, prepared.tokenizer, prepared.model)
+    folder.set_phase("training")
+    try:
+        _train(run, prepared.splits, checkpoint, progress, callbacks)
+        return _finish(run, prepared.splits)
+    except KeyboardInterrupt as error:
+        if folder.phase == "training":
+            folder.set_phase("interrupted")
+        raise Interrupted(folder.path) from error
+    except PeltonError:
+        folder.set_phase("failed")
+        raise
+
+
+def _train(
+    run: Run,
+    splits: Mapping[str, Examples],
+    checkpoint: Path | None,
+    progress: bool,
+    callbacks: Sequence[TrainerCallback],
+) -> None:
+    """Runs the trainer, and saves what it trained."""
+    settings, folder = run.recipe.training, run.folder
+    encoded = {s: run.task.encode(e.texts, run.tokenizer, e.labels) for s, e in splits.items() if s != "test"}
+    trainer = GatedTrainer(
+        settings,
+        folder,
+        model=run.model,
+        train_dataset=encoded["train"],
+        eval_dataset=encoded.get("validation"),
+        data_collator=DataCollatorWithPadding(run.tokenizer),
+        compute_metrics=score,
+    )
+    stop, bar = StopBetweenSteps(), ProgressBar(Console(stderr=True))
+    own = _callbacks(settings, trainer, stop)
+    for callback in [*own, *([bar] if progress else []), *callbacks]:
+        trainer.add_callback(callback)
+    started = time.perf_counter()
+    try:
+        with stop.listening():
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    finally:
+        bar.close()
+    if not stop.stopped:
+        _save(run, trainer, time.perf_counter() - started)
+    if stop.asked:
+        raise KeyboardInterrupt
+
+
+def _callbacks(settings: TrainingSettings, trainer: GatedTrainer, stop: StopBetweenSteps) -> list[TrainerCallback]:
+    """Returns Pelton's callbacks; `StopOnNaN` comes after `stop`, whose saving it checks."""
+    callbacks = [History(trainer.folder.history), stop, StopOnNaN(trainer.diverged)]
+    if settings.gate_warmup_steps:
+        callbacks.append(GateWarmup(settings.gate_warmup_steps))
+    if settings.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience, settings.early_stopping_min_delta))
+    return callbacks
+
+
+def _save(run: Run, trainer: GatedTrainer, seconds: float) -> None:
+    """Saves the trained weights and what is known of the training; from here on only evaluation is missing."""
+    adapted = isinstance(run.model, PeftModel)
+    run.model.save_pretrained(run.folder.adapter if adapted else run.folder.model)
+    parameters = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
+    trainable, total = sum(n for n, learns in parameters if learns), sum(n for n, _ in parameters)
+    values = {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "best_step": trainer.state.best_global_step,
+        "train_examples": len(trainer.train_dataset),
+        "train_seconds": round(seconds, 1),
+        "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
+    }
+    run.folder.write("metrics", values)
+    run.folder.set_phase("trained")
+
+
+def _finish(run: Run, splits: Mapping[str, Examples]) -> Run:
+    """Evaluates a trained run, and records its gates."""
+    metrics = run.folder.read("metrics")
+    for split in ("validation", "test"):
+        if split in splits:
+            metrics[split] = run.evaluate(splits[split])
+    run.folder.write("metrics", metrics)
+    if isinstance(run.model, PeftModel):
+        _record_gates(run, splits.get("test") or splits.get("validation") or splits["train"])
+    run.folder.set_phase("finished")
+    return run
+
+
+def _record_gates(run: Run, examples: Examples) -> None:
+    """Writes gate values on the first examples, and their means by block."""
+    with record_gates(run.model) as log:
+        run.logits(examples.texts[:GATE_EXAMPLES], sort=False)
+    frame = log.to_frame()
+    frame.to_parquet(run.folder.gate_values, index=False)
+    run.folder.write("gates", json.loads(gate_summary(run.model, frame).to_json(orient="records")))

@@ -1,0 +1,114 @@
+"""The files of a run.
+
+recipe.yaml        the resolved recipe: every default, absolute paths, the columns that were found
+labels.json        names of the classes
+adapter/           what was trained (model/ when the whole backbone was)
+metrics.json       scores, trainable share, steps, seconds
+history.jsonl      one line per logged step or evaluation
+gates.parquet      gate values on some examples
+gates.json         their means: one row per block
+environment.json   versions
+checkpoints/       what `resume` starts from
+state.json         the phase: training, interrupted, failed, trained, finished
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pelton.errors import TrainingError
+
+Phase = Literal["training", "interrupted", "failed", "trained", "finished"]
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's place on disk."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, output: Path, name: str) -> RunFolder:
+        """Makes a new folder `output/name-time`; a counter is added where that exists."""
+        stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+        output.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
+            path = output / f"{stem}{suffix}"
+            try:
+                path.mkdir()
+            except FileExistsError:
+                continue
+            return cls(path)
+        raise TrainingError(f"{output} holds a thousand runs named {stem}. Choose another output folder.")
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Opens a run's folder; anything else is an error."""
+        if not (path / "recipe.yaml").is_file():
+            raise TrainingError(
+                f"{path} is not a run: it has no recipe.yaml. Expected a folder that `pelton fit` made."
+            )
+        return cls(path)
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def adapter(self) -> Path:
+        """The trained adapter and head."""
+        return self.path / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The whole trained model, where nothing was frozen."""
+        return self.path / "model"
+
+    @property
+    def history(self) -> Path:
+        """The log of training."""
+        return self.path / "history.jsonl"
+
+    @property
+    def gate_values(self) -> Path:
+        """Gate values by block, method and example."""
+        return self.path / "gates.parquet"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The trainer's own folders."""
+        return self.path / "checkpoints"
+
+    @property
+    def phase(self) -> Phase:
+        """How far the run came."""
+        return self.read("state")["phase"]  # type: ignore[no-any-return]
+
+    def set_phase(self, phase: Phase) -> None:
+        """Notes how far the run came."""
+        self.write("state", {"phase": phase})
+
+    def last_checkpoint(self) -> Path | None:
+        """Returns the newest checkpoint that was written to its end (the trainer's state is written last)."""
+        whole = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
+
+    def write(self, name: str, values: Any) -> None:
+        """Writes `name`.json, whole or not at all."""
+        path = self.path / f"{name}.json"
+        draft = path.with_suffix(".tmp")
+        draft.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        draft.replace(path)
+
+    def read(self, name: str) -> Any:
+        """Reads `name`.json."""
+        path = self.path / f"{name}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise TrainingError(f"{path} cannot be read ({error}). Was the run finished?") from error

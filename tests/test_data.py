@@ -1,0 +1,304 @@
+"""Data: what is read, what is found, and what every broken file is told."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+from transformers import AutoTokenizer
+
+from pelton.errors import DataError
+from pelton.tasks.classification import load_task
+from pelton.tasks.columns import find_texts
+from pelton.tasks.labels import find_labels
+from pelton.tasks.sampling import few_shot, hold_back
+from pelton.tasks.settings import TaskSettings
+from pelton.tasks.splits import load_splits
+from pelton.tasks.tables import Table, read_table
+from tiny import save_data, save_tokenizer, sentences, write_csv, write_jsonl
+
+
+def task(data: Path | str, **settings: object) -> TaskSettings:
+    return TaskSettings.model_validate({"data": str(data), **settings})
+
+
+# ---- reading -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json", "a.csv", "a.tsv", "a.parquet"])
+def test_every_format_gives_the_same_table(tmp_path: Path, name: str) -> None:
+    rows = [{"text": "naïve, “quoted”\nand broken", "label": "a"}, {"text": "plain", "label": "b"}]
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+    elif path.suffix in (".csv", ".tsv"):
+        write_csv(path, rows)
+    else:
+        write_jsonl(path, rows)
+    table = read_table(path)
+    assert table.columns == {"text": [row["text"] for row in rows], "label": ["a", "b"]}
+    assert table.name == str(path)
+
+
+def test_a_line_is_named_as_an_editor_counts_it(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n\n{"text": "two"}\n')
+    assert read_table(path).where(1, "text") == f"{path}, line 3, column 'text'"
+    table = read_table(write_csv(tmp_path / "a.csv", [{"text": "two\nlines"}, {"text": "x"}]))
+    assert "line 4" in table.where(1, "text")
+
+
+def test_parquet_keeps_the_names_of_classes(tmp_path: Path) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    rows.to_parquet(tmp_path / "train.parquet")
+    loaded, splits = load_task(task(tmp_path, validation_fraction=0.0), seed=0)
+    assert loaded.labels.names == ("no", "yes")
+    assert splits["train"].labels == [1, 0]
+
+
+# ---- columns and labels ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("columns", "texts"),
+    [
+        (["idx", "text", "label"], ("text",)),
+        (["sentence", "label"], ("sentence",)),
+        (["sentence1", "sentence2", "label"], ("sentence1", "sentence2")),
+        (["question", "sentence", "label"], ("question", "sentence")),
+        (["hypothesis", "premise", "label"], ("premise", "hypothesis")),
+        (["only_one", "label"], ("only_one",)),
+    ],
+)
+def test_text_columns_are_found(columns: list[str], texts: tuple[str, ...]) -> None:
+    table = Table("t", {name: [3 if name == "idx" else "x"] for name in columns})
+    assert find_texts(table, "label") == texts
+
+
+def test_unclear_text_columns_are_asked_for() -> None:
+    with pytest.raises(DataError, match=r"Set task.text_columns to one or two of left, right, label"):
+        find_texts(Table("t", {"left": ["a"], "right": ["b"], "label": ["c"]}), "label")
+
+
+@pytest.mark.parametrize(
+    ("values", "names"),
+    [
+        (["b", "a", "b"], ("a", "b")),
+        ([10, 9, 1], ("1", "9", "10")),
+        (["10", "9", " 1 "], ("1", "9", "10")),
+        ([True, False], ("False", "True")),
+        ([1.0, 0.0], ("0", "1")),
+    ],
+)
+def test_classes_come_from_the_data_in_a_fixed_order(values: list[object], names: tuple[str, ...]) -> None:
+    labels = find_labels(Table("t", {"label": values}), "label")
+    assert labels.names == names
+    assert all(labels.find(value) is not None for value in values)
+    assert labels.find("neither") is None
+
+
+def test_numbers_are_names_unless_the_source_names_its_ids() -> None:
+    assert find_labels(Table("t", {"label": [1, 2, 3]}), "label").find(0) is None
+    named = Table("t", {"label": [1, 0]}, class_names={"label": ("no", "yes")})
+    labels = find_labels(named, "label")
+    assert (labels.find(1), labels.find("1"), labels.find("yes"), labels.find(2)) == (1, 1, 1, None)
+
+
+def test_label_names_beside_the_files_give_names_to_ids(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "x", "label": 1}, {"text": "y", "label": 0}])
+    (tmp_path / "label_names.json").write_text('["off", "on", "unused"]')
+    loaded, splits = load_task(task(tmp_path, validation_fraction=0.0), seed=0)
+    assert loaded.labels.names == ("off", "on", "unused")
+    assert splits["train"].labels == [1, 0]
+
+
+# ---- sampling ----------------------------------------------------------------------------------------------------
+
+
+def test_shots_are_that_many_of_each_class_and_seeded() -> None:
+    labels = [0] * 30 + [1] * 5 + [2] * 2
+    rows = few_shot(labels, 4, seed=1)
+    assert Counter(labels[row] for row in rows) == {0: 4, 1: 4, 2: 2}
+    assert rows == few_shot(labels, 4, seed=1)
+    assert rows != few_shot(labels, 4, seed=2)
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
+def test_held_back_rows_keep_the_classes_proportions(fraction: float) -> None:
+    labels = [0] * 400 + [1] * 80 + [2] * 40
+    kept, held = hold_back(labels, fraction, seed=3)
+    assert sorted([*kept, *held]) == list(range(len(labels)))
+    assert len(held) == int(len(labels) * fraction)
+    for label, count in Counter(labels[row] for row in held).items():
+        assert abs(count - labels.count(label) * fraction) <= 1
+
+
+def test_validation_is_held_back_from_training_only_where_there_is_none(tmp_path: Path) -> None:
+    given = save_data(tmp_path / "given", train=40, validation=8, test=4)
+    _, splits = load_task(task(given, validation_fraction=0.25), seed=0)
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 40, "validation": 8, "test": 4}
+    rows = [{"text": f"text {index}", "label": index % 2} for index in range(40)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "held out", "label": 0}])
+    _, splits = load_task(task(tmp_path, validation_fraction=0.25, shots=3), seed=0)
+    assert {name: len(found) for name, found in splits.items()} == {"train": 6, "validation": 10, "test": 1}
+    assert not set(splits["train"].texts) & set(splits["validation"].texts)
+    assert splits["test"].texts == [("held out",)]
+
+
+# ---- finding -----------------------------------------------------------------------------------------------------
+
+
+def test_banking77_ships_whole() -> None:
+    loaded, splits = load_task(task("pelton:banking77", validation_fraction=0.0, shots=10), seed=0)
+    assert len(loaded.labels) == 77
+    assert (len(splits["train"]), len(splits["test"])) == (770, 3080)
+    assert loaded.labels.names[splits["test"].labels[0]] in loaded.labels.names
+    assert set(splits["test"].labels) == set(range(77))
+
+
+def test_usual_names_and_named_files_are_found(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl.gz", sentences(8))
+    write_csv(tmp_path / "dev.csv", sentences(4))
+    write_jsonl(tmp_path / "extra.jsonl", sentences(2))
+    tables = load_splits(task(tmp_path, test="extra"))
+    assert {name: len(table) for name, table in tables.items()} == {"train": 8, "validation": 4, "test": 2}
+    alone = load_splits(task(tmp_path / "train.jsonl.gz", test=str(tmp_path / "dev.csv")))
+    assert {name: len(table) for name, table in alone.items()} == {"train": 8, "test": 4}
+
+
+def test_pairs_are_encoded_as_pairs(tmp_path: Path) -> None:
+    save_tokenizer(tmp_path)
+    rows = [{"sentence1": "good film", "sentence2": "bad day", "label": index} for index in range(2)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    loaded, splits = load_task(task(tmp_path, validation_fraction=0.0), seed=0)
+    encoded = loaded.encode(splits["train"].texts, AutoTokenizer.from_pretrained(tmp_path), splits["train"].labels)
+    assert encoded[0]["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
+    assert encoded["labels"][:] == [0, 1]
+
+
+# ---- bad input: the file, the row and the column are named -------------------------------------------------------
+
+
+def broken(folder: Path, lines: list[str | bytes], name: str = "train.jsonl") -> Path:
+    path = folder / name
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else line.encode() for line in lines) + b"\n")
+    return path
+
+
+GOOD = ['{"text": "one", "label": "a"}', '{"text": "two", "label": "b"}']
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([*GOOD, '{"text": "", "label": "a"}'], "line 3, column 'text': the text is empty"),
+        ([*GOOD, '{"text": "  \\n ", "label": "a"}'], "line 3, column 'text': the text is empty"),
+        ([*GOOD, '{"label": "a"}'], "line 3, column 'text': expected a text, but got nothing"),
+        ([*GOOD, '{"text": 7, "label": "a"}'], "line 3, column 'text': expected a text, but got int 7"),
+        ([*GOOD, '{"text": "x"}'], "line 3, column 'label': a label is a name or a whole number, but got None"),
+        ([*GOOD, '{"text": "x", "label": 0.5}'], "column 'label': a label is a name or a whole number, but got 0.5"),
+        ([*GOOD, '{"text": "x", "label": "a"'], "line 3: malformed JSON"),
+        ([*GOOD, "[1, 2]"], "line 3: expected a JSON object, but got list"),
+        ([*GOOD, b'{"text": "caf\xe9", "label": "a"}'], "line 3, column 'text': broken UTF-8 at character 4"),
+        ([*GOOD, '{"text": "\\ud800", "label": "a"}'], "line 3, column 'text': broken UTF-8"),
+        ([GOOD[0]], "expected two or more classes, but got ['a']"),
+        ([], "is empty: the train split needs at least one row"),
+    ],
+)
+def test_broken_rows_are_named(tmp_path: Path, lines: list[str | bytes], message: str) -> None:
+    path = broken(tmp_path, lines)
+    with pytest.raises(DataError) as error:
+        load_task(task(tmp_path, validation_fraction=0.0), seed=0)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_broken_csv_is_named(tmp_path: Path) -> None:
+    path = broken(tmp_path, ["text,label", "one,a", b"caf\xe9,b"], "train.csv")
+    with pytest.raises(DataError, match=rf"{path}, line 3, column 'text': broken UTF-8"):
+        read_table(path)
+    path = broken(tmp_path, ["text,label", "one,a", "two,b,c"], "wide.csv")
+    with pytest.raises(DataError, match=r"line 3: expected 2 columns as in the header, but got 3"):
+        read_table(path)
+    path = broken(tmp_path, ["text,label", 'one,a"', '"two'], "quotes.csv")
+    with pytest.raises(DataError, match="malformed CSV"):
+        read_table(path)
+
+
+def test_a_missing_column_comes_with_the_nearest_and_the_list(tmp_path: Path) -> None:
+    save_data(tmp_path)
+    with pytest.raises(DataError, match=r"no column 'labell'. Did you mean 'label'\? Columns: text, label"):
+        load_task(task(tmp_path, label_column="labell"), seed=0)
+    write_jsonl(tmp_path / "test.jsonl", [{"texte": "x", "label": "warm"}])
+    with pytest.raises(DataError, match=r"test.jsonl has no column 'text'. Did you mean 'texte'\?"):
+        load_task(task(tmp_path), seed=0)
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_an_unseen_label_is_named(tmp_path: Path, split: str) -> None:
+    save_data(tmp_path)
+    write_jsonl(tmp_path / f"{split}.jsonl", [*sentences(3), {"text": "x", "label": "warmm"}])
+    message = rf"{split}.jsonl, line 4, column 'label': unseen label 'warmm'. Did you mean 'warm'\?.*cold, warm"
+    with pytest.raises(DataError, match=message):
+        load_task(task(tmp_path), seed=0)
+
+
+def test_hidden_labels_are_explained(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "x", "label": 0}, {"text": "y", "label": 1}])
+    write_jsonl(tmp_path / "test.jsonl", [{"text": "z", "label": -1}])
+    with pytest.raises(DataError, match="label -1 marks hidden labels"):
+        load_task(task(tmp_path), seed=0)
+
+
+def test_an_empty_split_is_named(tmp_path: Path) -> None:
+    save_data(tmp_path)
+    (tmp_path / "validation.jsonl").write_text("\n")
+    with pytest.raises(DataError, match=r"validation.jsonl is empty: the validation split needs at least one row"):
+        load_task(task(tmp_path), seed=0)
+
+
+def test_files_that_are_missing_unreadable_or_ambiguous_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere.jsonl does not exist"):
+        load_splits(task(tmp_path / "nowhere.jsonl"))
+    with pytest.raises(DataError, match="has no training file"):
+        load_splits(task(tmp_path))
+    (tmp_path / "train.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n' * 99)[:-12])
+    with pytest.raises(DataError, match=r"train.jsonl.gz is not a whole gzip file"):
+        load_splits(task(tmp_path))
+    (tmp_path / "train.jsonl").write_text("{}")
+    with pytest.raises(DataError, match=r"more than one train file: train.jsonl, train.jsonl.gz"):
+        load_splits(task(tmp_path))
+    with pytest.raises(DataError, match=r"no test file named 'tset'. Files: train.jsonl, train.jsonl.gz"):
+        load_splits(task(tmp_path, train="train.jsonl", test="tset"))
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
+    with pytest.raises(DataError, match="not a Parquet file"):
+        read_table(tmp_path / "a.parquet")
+    (tmp_path / "label_names.json").write_text(json.dumps(["a", "a"]))
+    with pytest.raises(DataError, match="a list of different names"):
+        load_splits(task(tmp_path))
+
+
+def test_names_that_nobody_knows(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Unknown packaged data set 'bankin77'. Did you mean 'banking77'\?"):
+        load_splits(task("pelton:bankin77"))
+    with pytest.raises(DataError, match="neither a local folder or file nor a data set that the hub gives"):
+        load_splits(task("nobody/nothing-of-this-name"))
+
+
+def test_a_hub_data_set_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
+    hub = datasets.DatasetDict({"train": rows, "dev": rows, "test_easy": rows})
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, subset: hub)
+    loaded, splits = load_task(task("owner/name", test="test_easy"), seed=0)
+    assert loaded.labels.names == ("no", "yes")
+    assert set(splits) == {"train", "validation", "test"}
+    with pytest.raises(DataError, match=r"owner/name has no split 'tset_easy'. Did you mean 'test_easy'\?"):
+        load_splits(task("owner/name", test="tset_easy"))

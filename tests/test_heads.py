@@ -1,0 +1,121 @@
+"""The mean-pooling head: padding changes nothing, the encoder's weights stay, it saves and loads like any model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from transformers import AutoModel, BertConfig, DistilBertConfig, GPT2Config, PreTrainedConfig, RobertaConfig
+
+from pelton.tasks.heads import MeanPoolingClassifier, mean_pool
+from pelton.training.backbone import head_modules
+from tiny import bert_config
+
+SMALL: dict[str, Any] = {"vocab_size": 30, "pad_token_id": 0}
+CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "bert": bert_config,
+    "roberta": lambda: RobertaConfig(
+        **SMALL,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=40,
+    ),
+    "distilbert": lambda: DistilBertConfig(**SMALL, dim=16, n_layers=2, n_heads=2, hidden_dim=32),
+    "gpt2": lambda: GPT2Config(**SMALL, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2),
+}
+IDS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 12]])
+
+
+@pytest.fixture(params=list(CONFIGS))
+def config(request: pytest.FixtureRequest) -> PreTrainedConfig:
+    config = CONFIGS[request.param]()
+    config.num_labels = 3
+    return config
+
+
+def wrapped(config: PreTrainedConfig) -> MeanPoolingClassifier:
+    encoder = AutoModel.from_config(config)
+    return MeanPoolingClassifier(encoder.config, encoder).eval()
+
+
+def test_mean_pool_is_the_mean_of_what_the_mask_lets_through() -> None:
+    hidden = torch.randn(2, 4, 3)
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1]])
+    pooled = mean_pool(hidden, mask)
+    torch.testing.assert_close(pooled[0], hidden[0, :2].mean(0))
+    torch.testing.assert_close(pooled[1], hidden[1].mean(0))
+    torch.testing.assert_close(mean_pool(hidden, None), hidden.mean(1))
+
+
+def test_wrapping_leaves_the_encoders_weights_alone(config: PreTrainedConfig) -> None:
+    encoder = AutoModel.from_config(config)
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    model = MeanPoolingClassifier(encoder.config, encoder)
+    assert all(torch.equal(before[name], value) for name, value in model.backbone.state_dict().items())
+    assert head_modules(model) == ["classifier"]
+
+
+def test_padding_changes_nothing(config: PreTrainedConfig) -> None:
+    model = wrapped(config)
+    padded = torch.cat([IDS, torch.zeros(2, 3, dtype=torch.long)], dim=1)
+    mask = (padded != 0).long()
+    torch.testing.assert_close(model(padded, mask).logits, model(IDS, torch.ones_like(IDS)).logits, atol=1e-6, rtol=0)
+
+
+def test_the_loss_is_the_mean_cross_entropy(config: PreTrainedConfig) -> None:
+    labels = torch.tensor([0, 2])
+    output = wrapped(config)(IDS, torch.ones_like(IDS), labels=labels)
+    torch.testing.assert_close(output.loss, nn.functional.cross_entropy(output.logits, labels))
+    assert output.logits.shape == (2, 3)
+
+
+def test_it_saves_and_loads_like_any_model(config: PreTrainedConfig, tmp_path: Path) -> None:
+    model = wrapped(config)
+    model.save_pretrained(tmp_path)
+    loaded = MeanPoolingClassifier.from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(loaded(IDS).logits, model(IDS).logits, atol=0, rtol=0)
+    assert loaded.config.num_labels == 3
+
+
+def test_checkpointed_gradients_equal_plain_ones(config: PreTrainedConfig) -> None:
+    for name in ("classifier_dropout", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "resid_pdrop"):
+        setattr(config, name, 0.0)
+    for name in ("attention_dropout", "embd_pdrop", "attn_pdrop", "seq_classif_dropout"):
+        setattr(config, name, 0.0)
+    model = wrapped(config).train()
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
+            assert model.is_gradient_checkpointing
+        model.zero_grad()
+        model(IDS, torch.ones_like(IDS), labels=torch.tensor([0, 1])).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-6, rtol=1e-5)
+
+
+def test_it_takes_a_peft_adapter_without_a_task_type() -> None:
+    config = bert_config(num_labels=3)
+    model = get_peft_model(wrapped(config), LoraConfig(target_modules=["query"], modules_to_save=["classifier"]))
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("classifier" in name for name in trainable)
+    output = model(input_ids=IDS, attention_mask=torch.ones_like(IDS), labels=torch.tensor([0, 1]))
+    output.loss.backward()
+    assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad)
+
+
+def test_a_bfloat16_encoder_runs() -> None:
+    encoder = AutoModel.from_config(BertConfig(**bert_config().to_dict()), dtype=torch.bfloat16)
+    encoder.config.num_labels = 2
+    model = MeanPoolingClassifier(encoder.config, encoder)
+    assert model(IDS, torch.ones_like(IDS)).logits.dtype == torch.bfloat16

@@ -1,0 +1,117 @@
+"""Recipes: every shipped one is valid; every mistake is one line that says what to type."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pelton.errors import PeltonError, RecipeError
+from pelton.training.backbone import adapter_config, locate
+from pelton.training.loading import dump_recipe, load_recipe, parse_recipe, shipped_recipes
+from pelton.training.recipe import AdapterSettings, Recipe
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_a_shipped_recipe_is_whole(name: str) -> None:
+    recipe = load_recipe(name)
+    assert recipe.name == name
+    assert recipe.description
+    assert recipe.adapter is not None
+    adapter_config(recipe.adapter)
+    assert Path(locate(recipe.backbone), "config.json").is_file()
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_a_dumped_recipe_reads_back_the_same(name: str, tmp_path: Path) -> None:
+    recipe = load_recipe(name, ["adapter.gate.kind=mlp", "task.text_columns=text", "training.learning_rate=1e-4"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    assert load_recipe(path) == recipe
+    assert set(yaml.safe_load(path.read_text())) == set(Recipe.model_fields)
+
+
+def test_overrides_reach_every_depth_and_come_in_order() -> None:
+    changes = ["training.epochs=3", "training.epochs=4", "adapter=null", "adapter.methods=[{kind: lora}, prefix]"]
+    recipe = load_recipe("banking77", [*changes, "adapter.methods.0.rank=2", "task.data=/some/where"])
+    assert recipe.training.epochs == 4
+    assert recipe.task.data == "/some/where"
+    assert recipe.adapter == AdapterSettings(methods=[{"kind": "lora", "rank": 2}, "prefix"])
+
+
+@pytest.mark.parametrize(
+    ("source", "overrides", "message"),
+    [
+        ("bankng77", [], "Unknown recipe 'bankng77'. Did you mean 'banking77'? Known: banking77, mrpc."),
+        ("nowhere.yaml", [], "Recipe nowhere.yaml does not exist. Shipped recipes: banking77, mrpc."),
+        (
+            "banking77",
+            ["training.epoch=3"],
+            "unknown key 'training.epoch'. Did you mean 'training.epochs'? Known: epochs,",
+        ),
+        ("banking77", ["trainin.epochs=3"], "unknown key 'trainin'. Did you mean 'training'? Known: name,"),
+        ("banking77", ["adapter.presett=lora"], "unknown key 'adapter.presett'. Did you mean 'adapter.preset'?"),
+        ("banking77", ["task.shots=0"], "task.shots: input should be greater than or equal to 1, but got 0"),
+        ("banking77", ["training.epochs=many"], "training.epochs: input should be a valid number"),
+        ("banking77", ["training.warmup_ratio=1"], "training.warmup_ratio: input should be less than 1, but got 1"),
+        ("banking77", ["task.head=cls"], "task.head: input should be 'pooler' or 'mean', but got 'cls'"),
+        ("banking77", ["adapter.methods=[lora]"], "set adapter.preset=null to list methods"),
+        ("banking77", ["backbone=null"], "backbone: input should be a valid string, but got None"),
+        ("banking77", ["epochs"], "An override looks like training.epochs=3, but got 'epochs'."),
+        ("banking77", ["name.first=x"], "'name.first=x' asks for keys inside 'name', which is 'banking77'."),
+        ("banking77", ["training.epochs=[1"], "The value of 'training.epochs=[1' is not YAML"),
+        ("banking77", ["adapter.methods=[lora]", "adapter.methods.1.rank=2"], "expected a position from 0 to 0"),
+    ],
+)
+def test_mistakes(source: str, overrides: list[str], message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        load_recipe(source, overrides)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_are_no_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    for text, message in (("a: [", "is not UTF-8 YAML"), ("- a", "must hold keys and values, but got list")):
+        path.write_text(text)
+        with pytest.raises(RecipeError, match=message):
+            load_recipe(path)
+    with pytest.raises(RecipeError, match=r"'task' is missing. Set it in the file or with --set task=VALUE"):
+        parse_recipe({"backbone": "x"}, "r")
+
+
+def test_presets_are_the_cores_own_and_a_gate_takes_the_place_of_theirs() -> None:
+    assert [spec.kind for spec in adapter_config(AdapterSettings(preset="unipelt")).specs] == [
+        "lora",
+        "bottleneck",
+        "prefix",
+    ]
+    single = adapter_config(AdapterSettings(preset="ia3"))
+    assert ([spec.kind for spec in single.specs], single.gate_spec.kind) == (["ia3"], "fixed")
+    other = adapter_config(AdapterSettings(preset="unipelt_ap", gate={"kind": "scalar"}, modules_to_save=["pooler"]))
+    assert ([spec.kind for spec in other.specs], other.gate_spec.kind) == (["bottleneck", "prefix"], "scalar")
+    assert other.modules_to_save == ["pooler"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"preset": "uniplet"}, "Unknown preset 'uniplet'. Did you mean 'unipelt'?"),
+        ({"methods": ["loraa"]}, "Unknown method 'loraa'. Did you mean 'lora'?"),
+        ({"methods": [{"kind": "lora", "rnk": 2}]}, "Did you mean 'rank'?"),
+        ({"gate": "mpl"}, "Unknown gate 'mpl'."),
+        ({"gate": 3}, "A gate is a spec, a name or a mapping"),
+    ],
+)
+def test_adapters_that_do_not_exist(settings: dict[str, object], message: str) -> None:
+    with pytest.raises(PeltonError) as error:
+        adapter_config(AdapterSettings(**settings))
+    assert message in str(error.value)
+
+
+def test_a_backbone_in_a_package_that_is_not_there() -> None:
+    with pytest.raises(RecipeError, match=r"not installed: pip install 'no-such-package'"):
+        locate("pkg:no_such_package/model")
+    with pytest.raises(RecipeError, match="the package yaml has no folder 'model'"):
+        locate("pkg:yaml/model")
