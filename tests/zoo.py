@@ -186,6 +186,6 @@ ARCHS = {
         Arch("beit", lambda: tf.BeitForImageClassification(tf.BeitConfig(**VISION)), kind="image"),
         Arch("whisper", _whisper, kind="audio", causal=True, out=lambda o: o.last_hidden_state),
         Arch("clip", _clip, kind="image-text", out=_embeddings),
-        Arch("blip", _blip, kind="image-text", prefix=False, out=lambda o: o.itm_score),
+        Arch("blip", _blip, kind="image-text", prefix=False, checkpoints=False, out=lambda o: o.itm_score),
     ]
 }

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
@@ -71,18 +72,31 @@ def load_tokenizer(backbone: str) -> Any:
     return tokenizer
 
 
-def load_backbone(recipe: Recipe, labels: Labels, tokenizer: Any) -> PreTrainedModel:
-    """Loads the pretrained weights under a new head, in float32."""
+def load_backbone(recipe: Recipe, labels: Labels, tokenizer: Any) -> tuple[PreTrainedModel, list[str]]:
+    """Loads the pretrained weights under a new head, in float32.
+
+    Returns:
+        The model, and the names of its modules that have no pretrained weights and must be trained: the head, and the
+        pooler where the checkpoint lacks it.
+
+    Raises:
+        RecipeError: the backbone cannot be loaded, or weights are missing from it.
+    """
     names = dict(enumerate(labels.names))
     classes = {"num_labels": len(labels), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-    if recipe.task.head == "mean":
-        encoder = _load(AutoModel, recipe.backbone, dtype=torch.float32, **classes)
-        model = MeanPoolingClassifier(encoder.config, encoder)
-    else:
-        model = _load(AutoModelForSequenceClassification, recipe.backbone, dtype=torch.float32, **classes)
+    kind = AutoModel if recipe.task.head == "mean" else AutoModelForSequenceClassification
+    model, report = _load(kind, recipe.backbone, dtype=torch.float32, output_loading_info=True, **classes)
+    pretrained = "" if kind is AutoModel else f"{model.base_model_prefix}."
+    missing = sorted(key for key in report["missing_keys"] if key.startswith(pretrained))
+    strange = [key for key in missing if "pooler." not in key]
+    if strange:
+        few = ", ".join(strange[:3])
+        raise RecipeError(f"Backbone {recipe.backbone!r} lacks {len(strange)} of its weights: {few} … Fetch it again.")
+    if kind is AutoModel:  # averages tokens itself: a pooler is of no use to it
+        model, missing = MeanPoolingClassifier(model.config, model), []
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
-    return model
+    return model, head_modules(model) + (["pooler"] if missing else [])
 
 
 def load_trained(recipe: Recipe, folder: Path) -> PreTrainedModel:
@@ -98,9 +112,9 @@ def load_skeleton(backbone: str) -> PreTrainedModel:
         return AutoModel.from_config(config)
 
 
-def attach(model: PreTrainedModel, config: PeltonConfig) -> PeftModel:
-    """Attaches an adapter; the task's head is trained and saved with it unless the config names other modules."""
-    saved = config.modules_to_save if config.modules_to_save is not None else head_modules(model)
+def attach(model: PreTrainedModel, config: PeltonConfig, new: list[str]) -> PeftModel:
+    """Attaches an adapter; `new` modules are trained and saved with it unless the config names other ones."""
+    saved = config.modules_to_save if config.modules_to_save is not None else new
     return get_peft_model(model, dataclasses.replace(config, modules_to_save=saved))
 
 
@@ -141,6 +155,6 @@ def _load(kind: Any, backbone: str, **options: Any) -> Any:
     """Loads from a folder or the hub; what goes wrong there becomes one line."""
     try:
         return kind.from_pretrained(locate(backbone), **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
         reason = str(error).splitlines()[0]
         raise RecipeError(f"Backbone {backbone!r} cannot be loaded: {reason}") from error

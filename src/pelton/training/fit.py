@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from peft import PeftModel
 from rich.console import Console
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainerCallback
 
+from pelton import gate_summary, record_gates
 from pelton.errors import PeltonError, TrainingError
-from pelton.gates.recording import record_gates
 from pelton.tasks.classification import Examples, load_task
 from pelton.training.backbone import quiet
 from pelton.training.callbacks import GateWarmup, History, ProgressBar, StopBetweenSteps, StopOnNaN
@@ -22,7 +23,6 @@ from pelton.training.prepare import Prepared, environment, prepare
 from pelton.training.recipe import Recipe, TrainingSettings
 from pelton.training.run import Run
 from pelton.training.trainer import GatedTrainer, score
-from pelton.tuner.summary import gate_summary
 
 GATE_EXAMPLES = 512
 
@@ -74,7 +74,8 @@ def resume(path: Path | str, *, progress: bool = False, callbacks: Sequence[Trai
         if folder.phase == "trained":
             run = Run.load(folder.path)
             _, splits = load_task(run.recipe.task, run.recipe.training.seed)
-            return _finish(run, splits)
+            with _noting(folder):
+                return _finish(run, splits)
         prepared = prepare(load_recipe(folder.recipe))
         return _complete(folder, prepared, folder.last_checkpoint(), progress, callbacks)
 
@@ -86,18 +87,26 @@ def _complete(
     progress: bool,
     callbacks: Sequence[TrainerCallback],
 ) -> Run:
-    """Trains and finishes a run; whatever ends it early is noted in its folder."""
+    """Trains and finishes a run."""
     run = Run(folder, prepared.recipe, prepared.task, prepared.tokenizer, prepared.model)
     folder.set_phase("training")
-    try:
+    with _noting(folder):
         _train(run, prepared.splits, checkpoint, progress, callbacks)
         return _finish(run, prepared.splits)
+
+
+@contextmanager
+def _noting(folder: RunFolder) -> Iterator[None]:
+    """Notes in a run's folder what ended its training early."""
+    try:
+        yield
     except KeyboardInterrupt as error:
         if folder.phase == "training":
             folder.set_phase("interrupted")
         raise Interrupted(folder.path) from error
     except PeltonError:
-        folder.set_phase("failed")
+        if folder.phase == "training":
+            folder.set_phase("failed")
         raise
 
 

@@ -45,9 +45,9 @@ def prepare(recipe: Recipe) -> Prepared:
     recipe = _resolve(recipe, task)
     transformers.set_seed(recipe.training.seed)
     tokenizer = load_tokenizer(recipe.backbone)
-    model = load_backbone(recipe, task.labels, tokenizer)
+    model, new = load_backbone(recipe, task.labels, tokenizer)
     if config is not None:
-        model = attach(model, config)
+        model = attach(model, config, new)
     return Prepared(recipe, task, splits, tokenizer, model)
 
 

@@ -127,4 +127,5 @@ def restore_task(recipe: Recipe, labels: Labels) -> TextClassification:
 def _load_model(folder: RunFolder, recipe: Recipe, labels: Labels, tokenizer: Any) -> Any:
     if recipe.adapter is None:
         return load_trained(recipe, folder.model)
-    return PeftModel.from_pretrained(load_backbone(recipe, labels, tokenizer), folder.adapter)
+    model, _ = load_backbone(recipe, labels, tokenizer)
+    return PeftModel.from_pretrained(model, folder.adapter)

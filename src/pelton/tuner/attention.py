@@ -156,9 +156,7 @@ def _additive(
     module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, implementation: str, kwargs: dict[str, Any]
 ) -> Tensor:
     """Returns the mask as one to add to the scores, [B or 1, 1, T, S]; causality that was implied is spelled out."""
-    causal = kwargs.get("is_causal")
-    causal = getattr(module, "is_causal", False) if causal is None else causal
-    if mask is None and causal and implementation == "sdpa" and query.shape[2] > 1:
+    if mask is None and implementation == "sdpa" and query.shape[2] > 1:
         mask = _visible(module, query, key, None, kwargs)
     if mask is None:
         return query.new_zeros(1, 1, query.shape[2], key.shape[2])
@@ -174,7 +172,8 @@ def _visible(
     if mask is not None and mask.dim() == 4:
         return mask
     padding = None if mask is None else mask[:, None, None].bool()
-    if not getattr(module, "is_causal", False):
+    causal = kwargs.get("is_causal")
+    if not (getattr(module, "is_causal", False) if causal is None else causal):
         return padding
     last = torch.arange(key.shape[2], device=key.device)
     now = torch.arange(query.shape[2], device=key.device)[:, None] + key.shape[2] - query.shape[2]
