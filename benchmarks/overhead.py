@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -30,10 +29,13 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 warnings.filterwarnings("ignore", category=FutureWarning)
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 
 import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification  # noqa: E402
+
+from transformers.utils import logging  # noqa: E402
 
 from pelton import IA3, BitFit, Bottleneck, LoRA, PeltonConfig, Prefix  # noqa: E402
 
@@ -147,11 +149,16 @@ def child(device: str, name: str, config: str, rows: str, tokens: str, dtype: st
     step = stepper(adapted(name, config).to(device), batch((int(rows), int(tokens)), device), getattr(torch, dtype))
     for _ in range(5):
         step()
-    used = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(used // 2**20)
+    print(torch.cuda.max_memory_allocated() // 2**20 if device == "cuda" else _peak_resident_kb() // 2**10)
+
+
+def _peak_resident_kb() -> int:
+    """This process's own peak; getrusage would count what the parent had before the fork."""
+    return int(next(line for line in Path("/proc/self/status").open() if line.startswith("VmHWM")).split()[1])
 
 
 def main() -> None:
+    logging.disable_progress_bar()
     if sys.argv[1:2] == ["--child"]:
         return child(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -166,6 +173,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
+    logging.set_verbosity_error()
     for name in args.backbone:
         for mode in args.mode:
             for dtype in args.dtype:

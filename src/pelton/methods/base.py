@@ -101,14 +101,16 @@ register_method = METHODS.register
 
 
 def add_product(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-    """Returns y + z weightᵀ in one pass over y, the sum fused into the product.
+    """Returns y + z weightᵀ in one pass over y, the sum fused into the product; without gradients, in place.
 
     Args:
-        y: [..., O].
+        y: [..., O], the fresh output of a layer.
         z: [..., R].
         weight: [O, R].
     """
     if y.dtype != z.dtype:  # autocast: the product comes in its dtype
         return y + nn.functional.linear(z, weight).to(y.dtype)
-    flat = torch.addmm(y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), weight.t())
-    return flat.view(y.shape)
+    flat, low, high = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), weight.t()
+    if torch.is_grad_enabled() or not y.is_contiguous():
+        return torch.addmm(flat, low, high).view(y.shape)
+    return flat.addmm_(low, high).view(y.shape)

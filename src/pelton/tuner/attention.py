@@ -161,7 +161,7 @@ def _additive(
     if mask is None:
         return query.new_zeros(1, 1, query.shape[2], key.shape[2])
     if mask.dtype == torch.bool:
-        return torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
+        return torch.where(mask, 0.0, torch.finfo(query.dtype).min).to(query.dtype)
     return mask.to(query.dtype)
 
 
