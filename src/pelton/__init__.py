@@ -9,7 +9,7 @@ from pelton.errors import PeltonError
 from pelton.gates import FixedGate, LinearGate, MLPGate, ScalarGate, register_gate
 from pelton.gates.recording import GateLog, record_gates
 from pelton.methods import IA3, BitFit, Bottleneck, LoRA, Prefix, register_method
-from pelton.tuner import PeltonConfig, gated_blocks, set_methods, set_stage
+from pelton.tuner import PeltonConfig, gate_summary, gated_blocks, set_methods, set_stage
 from pelton.version import __version__
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "ScalarGate",
     "__version__",
     "find_anatomy",
+    "gate_summary",
     "gated_blocks",
     "record_gates",
     "register_gate",

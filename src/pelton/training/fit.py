@@ -12,8 +12,8 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainerCallback
 
-from pelton import gate_summary, record_gates
 from pelton.errors import PeltonError, TrainingError
+from pelton.gates.recording import record_gates
 from pelton.tasks.classification import Examples, load_task
 from pelton.training.backbone import quiet
 from pelton.training.callbacks import GateWarmup, History, ProgressBar, StopBetweenSteps, StopOnNaN
@@ -23,6 +23,7 @@ from pelton.training.prepare import Prepared, environment, prepare
 from pelton.training.recipe import Recipe, TrainingSettings
 from pelton.training.run import Run
 from pelton.training.trainer import GatedTrainer, score
+from pelton.tuner.summary import gate_summary
 
 GATE_EXAMPLES = 512
 

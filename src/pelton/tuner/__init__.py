@@ -5,7 +5,8 @@ from pelton.tuner.config import PeltonConfig
 from pelton.tuner.controls import gated_blocks, set_methods, set_stage
 from pelton.tuner.model import PeltonModel
 from pelton.tuner.register import register
+from pelton.tuner.summary import gate_summary
 
 register(PeltonConfig, PeltonModel)
 
-__all__ = ["GatedBlock", "PeltonConfig", "PeltonModel", "gated_blocks", "set_methods", "set_stage"]
+__all__ = ["GatedBlock", "PeltonConfig", "PeltonModel", "gate_summary", "gated_blocks", "set_methods", "set_stage"]

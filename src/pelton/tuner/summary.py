@@ -1,0 +1,64 @@
+"""What the gates let through, in one table: a row per block, a column per method."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from pelton.errors import AdapterError
+from pelton.gates import StaticGate
+from pelton.tuner.block import GatedBlock, gate_of
+from pelton.tuner.controls import gated_blocks
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def gate_summary(model: nn.Module, frame: pd.DataFrame | None = None) -> pd.DataFrame:
+    """Returns the effective weight of every method in every block, for the first active adapter.
+
+    Effective means after sigmoid or softmax, what the methods' contributions are multiplied by, never a raw parameter.
+
+    Args:
+        model: a model with an adapter.
+        frame: gate values that `record_gates` saw; not needed for static gates. Their means are shown.
+
+    Returns:
+        One row per block: `index`, `block`, a column for each method, `sum`, `requires_grad` (whether anything of the
+        gate is trained) and `is_buffer` (whether its values are constants).
+
+    Raises:
+        AdapterError: gates that read the input, without a frame.
+    """
+    import pandas as pd
+
+    rows = []
+    for index, block in enumerate(gated_blocks(model)):
+        adapter = block.active_adapters[0]
+        if adapter in block.gates:
+            rows.append({"index": index, "block": block.block.name, **_row(block, adapter, frame)})
+    table = pd.DataFrame(rows)
+    last = ["sum", "requires_grad", "is_buffer"]
+    return table[[c for c in table.columns if c not in last] + last]
+
+
+def _row(block: GatedBlock, adapter: str, frame: pd.DataFrame | None) -> dict[str, Any]:
+    gate = gate_of(block, adapter)
+    if isinstance(gate, StaticGate):
+        values = dict(zip(gate.methods, gate.values().tolist(), strict=True))
+    elif frame is None:
+        raise AdapterError(
+            "These gates read the input, so their values depend on data. Record some: "
+            "`with record_gates(model) as log: model(**batch)`, then gate_summary(model, log.to_frame())."
+        )
+    else:
+        mine = frame[frame.block.str.endswith(block.block.name) & (frame.adapter == adapter)]
+        values = mine.groupby("method").value.mean().to_dict()
+    parameters = list(gate.parameters())
+    return {
+        **{method: float(values[method]) for method in gate.methods},
+        "sum": float(sum(values.values())),
+        "requires_grad": any(p.requires_grad for p in parameters),
+        "is_buffer": not parameters,
+    }
