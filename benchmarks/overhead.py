@@ -34,7 +34,6 @@ os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
 import torch  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
 from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification  # noqa: E402
-
 from transformers.utils import logging  # noqa: E402
 
 from pelton import IA3, BitFit, Bottleneck, LoRA, PeltonConfig, Prefix  # noqa: E402
@@ -118,7 +117,9 @@ def stepper(model: Any, inputs: dict[str, torch.Tensor], dtype: torch.dtype) -> 
     return step
 
 
-def measure(args: argparse.Namespace, name: str, config: str, shape: tuple[int, int], mode: str, dtype: str) -> dict[str, Any]:
+def measure(
+    args: argparse.Namespace, name: str, config: str, shape: tuple[int, int], mode: str, dtype: str
+) -> dict[str, Any]:
     kind = getattr(torch, dtype)
     inputs = batch(shape, args.device)
     plain, ours = (adapted(name, c).to(args.device, kind).eval() for c in ("full", config))
@@ -163,7 +164,9 @@ def main() -> None:
         return child(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", nargs="+", default=["minilm", "bert-base"])
-    parser.add_argument("--config", nargs="+", default=["pelton", "lora", "bottleneck", "prefix"], choices=list(CONFIGS))
+    parser.add_argument(
+        "--config", nargs="+", default=["pelton", "lora", "bottleneck", "prefix"], choices=list(CONFIGS)
+    )
     parser.add_argument("--shape", nargs="+", default=[f"{b}x{t}" for b, t in SHAPES])
     parser.add_argument("--mode", nargs="+", default=["eager"], choices=["eager", "compiled"])
     parser.add_argument("--dtype", nargs="+", default=["float32"])

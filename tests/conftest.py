@@ -7,11 +7,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only get in each other's way
 
-from collections.abc import Iterator  # noqa: E402
+import pytest
+import torch
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
-from zoo import ARCHS, Arch  # noqa: E402
+from zoo import ARCHS, Arch
 
 
 @pytest.fixture(params=list(ARCHS))
@@ -20,6 +19,5 @@ def arch(request: pytest.FixtureRequest) -> Arch:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> Iterator[None]:
+def _seeded() -> None:
     torch.manual_seed(0)
-    yield

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from peft import get_peft_model
 from torch import Tensor
-from zoo import Arch
 
 from pelton import IA3, BitFit, Bottleneck, FixedGate, LinearGate, LoRA, MLPGate, PeltonConfig, Prefix, ScalarGate
 from pelton.gates import GateSpec
 from pelton.methods import LINEAR_SITES, MethodSpec
+from zoo import Arch
 
 METHODS: dict[str, MethodSpec] = {
     "lora": LoRA(rank=3, alpha=6, sites=LINEAR_SITES),

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from law import METHODS, attached, far, together, wake
 from peft import PeftModel, get_peft_model
-from zoo import ARCHS, Arch
 
+from law import METHODS, attached, far, together, wake
 from pelton import BitFit, FixedGate, LoRA, MLPGate, PeltonConfig, ScalarGate, set_methods, set_stage
 from pelton.errors import AdapterError, UnknownName
 from pelton.methods import LINEAR_SITES
+from zoo import ARCHS, Arch
 
 
 @pytest.mark.parametrize("gate", ["mlp", "scalar", "fixed"])
@@ -123,7 +123,7 @@ def test_mixed_batches_generate() -> None:
 def test_mixed_batches_are_refused_in_training_and_for_unknown_names() -> None:
     arch = ARCHS["bert"]
     model = _two(arch)
-    with pytest.raises(UnknownName, match="'bb'.*Did you mean 'b'"):
+    with pytest.raises(UnknownName, match=r"'bb'.*Did you mean 'b'"):
         arch.run(model, arch.inputs(), adapter_names=["a", "bb", "a"])
     with pytest.raises(AdapterError, match="training mode"):
         arch.run(model.train(), arch.inputs(), adapter_names=["a", "b", "a"])

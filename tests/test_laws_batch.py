@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from law import GATES, METHODS, attached, far, together
 from torch import Tensor
-from zoo import ARCHS, SEQ, VOCAB, Arch
 
+from law import GATES, METHODS, attached, far, together
 from pelton import FixedGate, MLPGate, Prefix
+from zoo import ARCHS, SEQ, VOCAB, Arch
 
 TEXTS = [name for name, a in ARCHS.items() if a.kind == "text"]
 PADDED = [name for name, a in ARCHS.items() if a.padded]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import shutil
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from law import GATES, METHODS, attached, far
 from torch import Tensor, nn
-from zoo import ARCHS, Arch
 
+from law import GATES, METHODS, attached, far
 from pelton import Prefix
+from zoo import ARCHS, Arch
 
 LIMIT = 1e-4
 
@@ -46,7 +47,10 @@ FORMS = {name: METHODS[name] for name in ("bottleneck-parallel", "prefix-mlp", "
 
 
 @pytest.fixture(autouse=True)
-def _fresh_dynamo() -> Iterator[None]:
+def _fresh_dynamo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    traces = logging.getLogger("torch.__trace")  # pytest would capture and format each of thousands of records
+    monkeypatch.setattr(traces, "handlers", [])
+    monkeypatch.setattr(traces, "addHandler", lambda handler: None)
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -152,6 +156,7 @@ def test_compiled_gradients_equal_eager_ones() -> None:
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # inductor itself uses what torch deprecates
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_inductor_equals_eager(name: str) -> None:
     arch = ARCHS[name]

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from law import GATES, METHODS, arch_methods, attached, far, together, wake
 from peft import IA3Config, LoraConfig, get_peft_model
-from zoo import ARCHS, Arch
 
+from law import GATES, METHODS, arch_methods, attached, far, together, wake
 from pelton import IA3, FixedGate, LoRA, PeltonConfig, find_anatomy
 from pelton.methods import LINEAR_SITES
+from zoo import ARCHS, Arch
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -45,7 +45,9 @@ def _whole_layers(arch: Arch, sites: tuple[str, ...]) -> list[str]:
     return [f"{b.name}.{p.path}" for b in blocks for s in sites for p in b.sites.get(s, ()) if p.start is None]
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "llama", "qwen3", "gemma3", "t5", "bart", "vit", "swin"])
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "distilbert", "llama", "qwen3", "gemma3", "t5", "bart", "vit", "swin"]
+)
 def test_open_lora_equals_pefts(name: str) -> None:
     arch, inputs = ARCHS[name], ARCHS[name].inputs()
     spec = LoRA(rank=4, alpha=12, sites=LINEAR_SITES)
@@ -66,7 +68,9 @@ def test_open_lora_equals_pefts(name: str) -> None:
         assert far(arch.run(ours, inputs), arch.run(theirs, inputs)) <= 1e-6
 
 
-@pytest.mark.parametrize("name", ["bert", "roberta", "distilbert", "llama", "qwen3", "gemma3", "t5", "bart", "vit", "swin"])
+@pytest.mark.parametrize(
+    "name", ["bert", "roberta", "distilbert", "llama", "qwen3", "gemma3", "t5", "bart", "vit", "swin"]
+)
 def test_open_ia3_equals_pefts(name: str) -> None:
     arch, inputs = ARCHS[name], ARCHS[name].inputs()
     sites = ("attn.k", "attn.v", "ffn.out")
@@ -84,9 +88,7 @@ def test_open_ia3_equals_pefts(name: str) -> None:
 
 
 def _tree(model: Any) -> list[tuple[str, type, int, int]]:
-    return [
-        (name, type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()
-    ]
+    return [(name, type(m), len(m._forward_hooks), len(m._forward_pre_hooks)) for name, m in model.named_modules()]
 
 
 def test_unload_is_bitwise_identity(arch: Arch) -> None:

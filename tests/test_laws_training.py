@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from law import GATES, METHODS, arch_methods, attached, far, together
 from peft import get_peft_model
-from zoo import ARCHS, WIDTH, Arch
 
+from law import GATES, METHODS, arch_methods, attached, far, together
 from pelton import IA3, BitFit, Bottleneck, FixedGate, LinearGate, LoRA, MLPGate, PeltonConfig, Prefix, ScalarGate
+from zoo import ARCHS, WIDTH, Arch
 
 CHECKPOINTED = [
     (name, reentrant)
@@ -66,7 +66,14 @@ def test_only_the_adapter_gets_gradients_and_all_of_it(arch: Arch, gate: str) ->
 
 
 D, F, L = WIDTH, 48, 2
-SITES_IO = {"attn.q": (D, D), "attn.k": (D, D), "attn.v": (D, D), "attn.out": (D, D), "ffn.in": (D, F), "ffn.out": (F, D)}
+SITES_IO = {
+    "attn.q": (D, D),
+    "attn.k": (D, D),
+    "attn.v": (D, D),
+    "attn.out": (D, D),
+    "ffn.in": (D, F),
+    "ffn.out": (F, D),
+}
 COUNTS = [
     (LoRA(rank=3), FixedGate(), 2 * 3 * (D + D)),
     (LoRA(rank=3, sites=tuple(SITES_IO)), FixedGate(), sum(3 * (i + o) for i, o in SITES_IO.values())),

@@ -47,8 +47,9 @@ SEQ2SEQ = dict(
 class Arch:
     """One architecture.
 
-    `kind` decides the inputs; `prefix` says whether attention goes through transformers' interface; `causal` whether the
-    output has one row per token that may see only what came before; `checkpoints` whether transformers can checkpoint it.
+    `kind` decides the inputs; `prefix` says whether attention goes through transformers' interface; `causal` whether
+    the output has one row per token that may see only what came before; `checkpoints` whether transformers can
+    checkpoint it.
     """
 
     name: str
@@ -116,7 +117,9 @@ def _embeddings(o: Any) -> Tensor:
 
 def _gpt2() -> nn.Module:
     return tf.GPT2LMHeadModel(
-        tf.GPT2Config(n_embd=WIDTH, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64, bos_token_id=1, eos_token_id=2)
+        tf.GPT2Config(
+            n_embd=WIDTH, n_layer=2, n_head=4, vocab_size=VOCAB, n_positions=64, bos_token_id=1, eos_token_id=2
+        )
     )
 
 
@@ -145,7 +148,9 @@ def _whisper() -> nn.Module:
 
 def _clip() -> nn.Module:
     text = TEXT | dict(projection_dim=16)
-    return tf.CLIPModel(tf.CLIPConfig(text_config=text, vision_config=VISION | dict(projection_dim=16), projection_dim=16))
+    return tf.CLIPModel(
+        tf.CLIPConfig(text_config=text, vision_config=VISION | dict(projection_dim=16), projection_dim=16)
+    )
 
 
 def _blip() -> nn.Module:

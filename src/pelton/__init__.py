@@ -1,16 +1,32 @@
 """Gated parameter-efficient fine-tuning for Hugging Face Transformers.
 
 Put LoRA, bottleneck adapters, prefixes, (IA)³ and BitFit into every block together, let gates learn which helps where.
-Importing this module registers the method with PEFT; `peft.get_peft_model` and `PeftModel.from_pretrained` then know it.
+Importing this module registers the method with PEFT: `peft.get_peft_model` and `PeftModel.from_pretrained` then know
+it. Names are loaded when they are first used, so that importing costs nothing.
 """
 
-from pelton.anatomy import find_anatomy
-from pelton.errors import PeltonError
-from pelton.gates import FixedGate, LinearGate, MLPGate, ScalarGate, register_gate
-from pelton.gates.recording import GateLog, record_gates
-from pelton.methods import IA3, BitFit, Bottleneck, LoRA, Prefix, register_method
-from pelton.tuner import PeltonConfig, gate_summary, gated_blocks, set_methods, set_stage
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pelton.registration import register_with_peft
 from pelton.version import __version__
+
+if TYPE_CHECKING:
+    from pelton.anatomy import find_anatomy
+    from pelton.errors import PeltonError
+    from pelton.gates import FixedGate, LinearGate, MLPGate, ScalarGate, register_gate
+    from pelton.gates.recording import GateLog, record_gates
+    from pelton.methods import IA3, BitFit, Bottleneck, LoRA, Prefix, register_method
+    from pelton.tuner import PeltonConfig, gate_summary, gated_blocks, set_methods, set_stage
+
+_HOME = {
+    "pelton.anatomy": ("find_anatomy",),
+    "pelton.errors": ("PeltonError",),
+    "pelton.gates": ("FixedGate", "LinearGate", "MLPGate", "ScalarGate", "register_gate"),
+    "pelton.gates.recording": ("GateLog", "record_gates"),
+    "pelton.methods": ("IA3", "BitFit", "Bottleneck", "LoRA", "Prefix", "register_method"),
+    "pelton.tuner": ("PeltonConfig", "gate_summary", "gated_blocks", "set_methods", "set_stage"),
+}
 
 __all__ = [
     "IA3",
@@ -35,3 +51,19 @@ __all__ = [
     "set_methods",
     "set_stage",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads a public name from its home when it is first used."""
+    for home, names in _HOME.items():
+        if name in names:
+            return globals().setdefault(name, getattr(import_module(home), name))
+    raise AttributeError(f"module 'pelton' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """Lists the public names."""
+    return __all__
+
+
+register_with_peft()

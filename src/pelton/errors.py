@@ -1,13 +1,13 @@
 """The exceptions of Pelton: one tree, each message says what came, what was expected and what to do.
 
-    PeltonError
-    ├── SpecError          a value in a method, gate or adapter configuration breaks a law
-    │   └── UnknownName    a method, gate, site, key, recipe or adapter name that does not exist
-    ├── AnatomyError       a backbone without blocks, or without a site that was asked for
-    ├── AdapterError       an adapter that cannot be saved, loaded, switched or merged
-    ├── RecipeError        a recipe that cannot be read, or that asks for what does not exist
-    ├── DataError          a data file, with its row and column
-    └── TrainingError      a run that cannot start, go on or be resumed
+PeltonError
+├── SpecError          a value in a method, gate or adapter configuration breaks a law
+│   └── UnknownName    a method, gate, site, key, recipe or adapter name that does not exist
+├── AnatomyError       a backbone without blocks, or without a site that was asked for
+├── AdapterError       an adapter that cannot be saved, loaded, switched or merged
+├── RecipeError        a recipe that cannot be read, or that asks for what does not exist
+├── DataError          a data file, with its row and column
+└── TrainingError      a run that cannot start, go on or be resumed
 """
 
 from __future__ import annotations

@@ -53,7 +53,9 @@ class Registry(Generic[S]):
         if not (isinstance(spec, type) and issubclass(spec, self.base)):
             raise SpecError(f"A {self.what} must subclass {self.base.__name__}, but got {spec!r}.")
         if not isinstance(kind, str) or not kind.isidentifier():
-            raise SpecError(f"{spec.__name__}.kind must be a name such as 'lora', but got {kind!r}. Set it in the class.")
+            raise SpecError(
+                f"{spec.__name__}.kind must be a name such as 'lora', but got {kind!r}. Set it in the class."
+            )
         if not dataclasses.is_dataclass(spec) or "__dataclass_fields__" not in vars(spec):
             raise SpecError(f"{spec.__name__} must be decorated with @dataclass(frozen=True).")
         if kind in self._kinds:

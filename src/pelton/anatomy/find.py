@@ -7,6 +7,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import cast
 
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -46,10 +47,10 @@ def find_anatomy(model: nn.Module) -> Anatomy:
 
 def linear_sizes(module: nn.Module) -> tuple[int, int]:
     """Returns the in and out features of a linear layer of any class (Conv1D and quantised ones too)."""
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(module.in_features), int(module.out_features)
-    if hasattr(module, "nx") and hasattr(module, "nf"):  # transformers' Conv1D
-        return int(module.nx), int(module.nf)
+    for names in (("in_features", "out_features"), ("nx", "nf")):  # the latter: transformers' Conv1D
+        if all(hasattr(module, name) for name in names):
+            size_in, size_out = (cast(int, getattr(module, name)) for name in names)
+            return size_in, size_out
     raise AnatomyError(f"{type(module).__name__} is not a linear layer: expected in_features and out_features.")
 
 

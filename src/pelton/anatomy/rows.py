@@ -1,8 +1,8 @@
 """How architectures name their parts: one default row that covers most, and a row for each that differs.
 
-A pattern is matched against the whole name of a module inside its block. A fused layer is a linear layer whose output holds
-several projections one after the other. To add an architecture, print `pelton anatomy MODEL`; where a site is missing or
-wrong, add a row under the `model_type` of the config that its attention holds.
+A pattern is matched against the whole name of a module inside its block. A fused layer is a linear layer whose output
+holds several projections one after the other. To add an architecture, print `pelton anatomy MODEL`; where a site is
+missing or wrong, add a row under the `model_type` of the config that its attention holds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ DEFAULT = Row(
         "attn.q": _IN_ATTENTION + r"(query|q_proj|q_lin|query_proj|q)",
         "attn.k": _IN_ATTENTION + r"(key|k_proj|k_lin|key_proj|k)",
         "attn.v": _IN_ATTENTION + r"(value|v_proj|v_lin|value_proj|v)",
-        "attn.out": _IN_ATTENTION + r"(o_proj|out_proj|out_lin|SelfAttention\.o|attention\.output\.dense|attention\.dense)",
+        "attn.out": _IN_ATTENTION
+        + r"(o_proj|out_proj|out_lin|SelfAttention\.o|attention\.output\.dense|attention\.dense)",
         "ffn.in": r"(.*\.)?(intermediate\.dense|fc1|lin1|wi|wi_0|wi_1|gate_proj|up_proj|gate_up_proj|c_fc|ffn)",
         "ffn.out": r"(?!attention\.)(.*\.)?(output\.dense|fc2|lin2|wo|down_proj|ffn_output)",
     }
@@ -55,9 +56,7 @@ def _like_default(fused: Mapping[str, tuple[str, ...]] | None = None, **sites: s
 
 ROWS: dict[str, Row] = {
     "gpt2": _like_default({r"attn\.c_attn": _QKV}, attn_out=r"attn\.c_proj", ffn_out=r"mlp\.c_proj"),
-    "modernbert": _like_default(
-        {r"attn\.Wqkv": _QKV}, attn_out=r"attn\.Wo", ffn_in=r"mlp\.Wi", ffn_out=r"mlp\.Wo"
-    ),
+    "modernbert": _like_default({r"attn\.Wqkv": _QKV}, attn_out=r"attn\.Wo", ffn_in=r"mlp\.Wi", ffn_out=r"mlp\.Wo"),
     "phi3": _like_default({r"self_attn\.qkv_proj": _QKV}),
     "blip_vision_model": _like_default({r"self_attn\.qkv": _QKV}, attn_out=r"self_attn\.projection"),
     "clip_text_model": dataclasses.replace(DEFAULT, causal=True),

@@ -44,4 +44,3 @@ def _of_block(spec: DynamicGateSpec, values: Tensor, mask: Tensor | None) -> Ten
 def wanted(spec: object) -> bool:
     """Tells whether a gate asks for any penalty."""
     return isinstance(spec, DynamicGateSpec) and bool(spec.entropy or spec.l1 or spec.balance)
-

@@ -68,7 +68,9 @@ class GateLog:
 
         rows, tokens, count = values.shape
         example = np.repeat(np.arange(rows) + first, tokens * count)
-        token = np.full(rows * tokens * count, -1) if tokens == 1 else np.tile(np.repeat(np.arange(tokens), count), rows)
+        token = (
+            np.full(rows * tokens * count, -1) if tokens == 1 else np.tile(np.repeat(np.arange(tokens), count), rows)
+        )
         table = pd.DataFrame(
             {
                 "adapter": adapter,

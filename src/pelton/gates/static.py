@@ -131,5 +131,7 @@ def _row(ratio: Ratio, methods: Sequence[str]) -> list[float]:
         return [float(ratio)] * len(methods)
     missing = [m for m in methods if m not in ratio]
     if missing:
-        raise SpecError(f"FixedGate has no ratio for {', '.join(missing)}; it has {', '.join(ratio)}. Add one for each.")
+        raise SpecError(
+            f"FixedGate has no ratio for {', '.join(missing)}; it has {', '.join(ratio)}. Add one for each."
+        )
     return [float(ratio[m]) for m in methods]

@@ -59,7 +59,7 @@ class Part(nn.Module):
         raise NotImplementedError
 
     def fold(self, weight: Tensor, bias: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Returns weight [O, I] and bias [O] of the linear layer that equals layer and part at a constant gate value."""
+        """Returns weight [O, I] and bias [O] of the layer that equals layer and part at a constant gate value."""
         raise NotImplementedError(f"{type(self).__name__} does not fold")
 
 
@@ -90,7 +90,7 @@ class MethodSpec(Spec):
         raise NotImplementedError
 
     def build(self, shape: Shape) -> nn.Module:
-        """Makes the trainable part for one place."""
+        """Makes the trainable part for one place: a `Part`, or at `attn` a `PrefixPart`."""
         raise NotImplementedError
 
 

@@ -1,5 +1,7 @@
-"""Bottleneck adapters: a small residual network behind a sub-layer (Houlsby et al. 2019, arXiv 1902.00751, section 2.1;
-Pfeiffer et al. 2020; the parallel form is He et al. 2022, arXiv 2110.04366, section 3.2).
+"""Bottleneck adapters: a small residual network behind a sub-layer.
+
+Houlsby et al. 2019 (arXiv 1902.00751, section 2.1), Pfeiffer et al. 2020 (arXiv 2005.00247); the parallel form is He et
+al. 2022 (arXiv 2110.04366, section 3.2).
 
     sequential:  y = h + g · scaling · U act(D h)
     parallel:    y = h + g · scaling · U act(D x),  x the input of the sub-layer

@@ -1,4 +1,4 @@
-"""(IA)³: learned rescaling of keys, values and feed-forward activations (Liu et al. 2022, arXiv 2205.05638, section 3.3).
+"""(IA)³: learned rescaling of keys, values and activations (Liu et al. 2022, arXiv 2205.05638, section 3.3).
 
     y = h ⊙ (1 + g · (l − 1))
 

@@ -1,9 +1,9 @@
 """Prefixes: learned keys and values in front of a block's own (Li and Liang 2021, arXiv 2101.00190, section 4).
 
 With prefix keys P_k and values P_v the softmax of a query q runs over `[q·P_k + log g, q·K]`: the gate scales the
-*attention mass* of the prefix. At g = 0 the prefix gets none and the block is exactly the backbone; at g = 1 it is prefix
-tuning. `gating="scale"` keeps the form that UniPELT published (section 3.2), where g scales the vectors: a zero key still
-draws exp(0) of the softmax there, so a closed gate is not the backbone (its footnote 3).
+*attention mass* of the prefix. At g = 0 the prefix gets none and the block is exactly the backbone; at g = 1 it is
+prefix tuning. `gating="scale"` keeps the form that UniPELT published (section 3.2), where g scales the vectors: a zero
+key still draws exp(0) of the softmax there, so a closed gate is not the backbone (its footnote 3).
 """
 
 from __future__ import annotations

@@ -1,7 +1,5 @@
 """What happens beside a training step: gates that wait, a bar, a history, a clean stop."""
 
-# ruff: noqa: ARG002 - transformers passes the same three arguments to every event
-
 from __future__ import annotations
 
 import json

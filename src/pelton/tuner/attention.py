@@ -1,10 +1,10 @@
 """Prefixes inside the attention, through transformers' attention interface.
 
-The attention module of a block with a prefix gets a copy of its config that names the attention function below; masks are
-made from the model's own config, which stays as it is. The function puts the prefix in front of keys and values, extends
-the mask by `log g`, and calls the function that the model's config names: SDPA or the module's own eager attention. The
-key / value cache never sees the prefix. Flash and flex kernels cannot carry an additive mask: there the blocks with a
-prefix, and only they, use SDPA.
+The attention module of a block with a prefix gets a copy of its config that names the attention function below; masks
+are made from the model's own config, which stays as it is. The function puts the prefix in front of keys and values,
+extends the mask by `log g`, and calls the function that the model's config names: SDPA or the module's own eager
+attention. The key / value cache never sees the prefix. Flash and flex kernels cannot carry an additive mask: there the
+blocks with a prefix, and only they, use SDPA.
 
 Letters: B batch, H heads, H_kv key / value heads, T queries, S keys, P prefix length, K head dim.
 """
@@ -71,7 +71,7 @@ class AttentionTap:
     def base(self, module: nn.Module) -> Attend:
         """Returns the backbone's attention function."""
         if self.implementation == "eager":
-            return cast(Attend, sys.modules[type(module).__module__].eager_attention_forward)  # type: ignore[attr-defined]
+            return cast(Attend, sys.modules[type(module).__module__].eager_attention_forward)
         return cast(Attend, ALL_ATTENTION_FUNCTIONS["sdpa"])
 
 
@@ -148,7 +148,7 @@ def _with_prefixes(
 
 
 def _log(gate: Tensor) -> Tensor:
-    """log g, −∞ at 0, with a gradient of 0 there."""
+    """Log g, −∞ at 0, with a gradient of 0 there."""
     return torch.where(gate > 0, gate.clamp_min(torch.finfo(gate.dtype).tiny).log(), -torch.inf)
 
 
@@ -194,14 +194,14 @@ class _Projection:
         keys, values = self._apply("attn.k", hidden), self._apply("attn.v", hidden)
         norm = getattr(self.module, "k_norm", None)
         if norm is not None:
-            keys = norm(keys.unflatten(-1, (-1, self.gated.block.head_dim))).flatten(-2)
+            keys = norm(keys.view(len(keys), -1, self.gated.block.head_dim)).flatten(-2)
         return keys, values
 
     def _apply(self, site: str, hidden: Tensor) -> Tensor:
         place = self.gated.block.sites[site][0]
         layer = self.module.get_submodule(place.path.removeprefix(self.gated.block.attention + "."))
         dtype = next(layer.parameters()).dtype
-        output = layer.forward(hidden.to(dtype if dtype.is_floating_point else hidden.dtype)[None])[0]
+        output: Tensor = layer.forward(hidden.to(dtype if dtype.is_floating_point else hidden.dtype)[None])[0]
         return output if place.start is None else output[:, place.start : place.stop]
 
 

@@ -1,9 +1,9 @@
 """The gated block: the gate and the methods of every adapter, beside the modules of one transformer block.
 
-It is added to the block as one more child, named `pelton`, and reaches the block's layers by forward hooks (`taps.py`), so
-the backbone's modules, their names and its state dict stay as they are. In one forward of the block the gate opens when
-the attention begins; the layers behind it then ask for what their methods add. All of that happens inside the block's
-forward, hence inside its checkpointed region: recomputation opens the gate again for itself.
+It is added to the block as one more child, named `pelton`, and reaches the block's layers by forward hooks (`taps.py`),
+so the backbone's modules, their names and its state dict stay as they are. In one forward of the block the gate opens
+when the attention begins; the layers behind it then ask for what their methods add. All of that happens inside the
+block's forward, hence inside its checkpointed region: recomputation opens the gate again for itself.
 
 Letters: B batch, T tokens, D hidden, M methods. Gate values are float32, [B or 1, T or 1, M].
 """
@@ -11,7 +11,7 @@ Letters: B batch, T tokens, D hidden, M methods. Gate values are float32, [B or 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from pelton.anatomy import Block
 from pelton.gates import Gate
-from pelton.methods import PrefixPart
+from pelton.methods import Part, PrefixPart
 from pelton.tuner.plan import BlockPlan, Edits, Wiring
+
+if TYPE_CHECKING:
+    from pelton.tuner.taps import Taps
 
 Route = tuple[str, Tensor | None]
 """An adapter and the rows of the batch that it serves; None means all rows."""
@@ -30,6 +33,7 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
     """Holds what all adapters add to one transformer block."""
 
     adapter_layer_names = ("gates", "methods")
+    taps: Taps
 
     def __init__(self, block: Block) -> None:
         """Makes a gated block without adapters."""
@@ -54,18 +58,28 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
         self.methods[adapter] = nn.ModuleDict({kind: nn.ModuleDict(parts) for kind, parts in plan.parts.items()})
         self.wirings[adapter] = plan.wiring
 
+    def part(self, adapter: str, kind: str, key: str) -> Part:
+        """Returns one part of an adapter."""
+        parts = cast(nn.ModuleDict, self.methods[adapter])
+        return cast(Part, cast(nn.ModuleDict, parts[kind])[key])
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes one adapter."""
         if adapter_name in self.wirings:
             del self.wirings[adapter_name]
             super().delete_adapter(adapter_name)
 
+    @property
+    def adapters_at_work(self) -> list[str]:
+        """The active adapters, in order."""
+        return self._active_adapter
+
     def routed(self) -> Iterator[Route]:
         """Yields the adapters at work in this block, each with its rows."""
         if self._disable_adapters:
             return
-        routes = [(name, None) for name in self.active_adapters] if self.routes is None else self.routes
-        for name, rows in routes:
+        everyone: list[Route] = [(name, None) for name in self._active_adapter]
+        for name, rows in everyone if self.routes is None else self.routes:
             if name in self.wirings:
                 yield name, rows
 
@@ -111,7 +125,7 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
             for edit in self.wirings[name].edits.get((path, edits), ()):
                 if edit.kind in self.off:
                     continue
-                part = self.methods[name][edit.kind][edit.key]
+                part = self.part(name, edit.kind, edit.key)
                 source = self._inputs[part.origin] if part.origin else x
                 gate = self._values[name][..., edit.number : edit.number + 1]
                 if rows is None:
@@ -129,9 +143,9 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
             name: the adapter.
             batch: any tensor with the attention's batch as its first dimension.
         """
-        found = []
+        found, parts = [], cast(nn.ModuleDict, self.methods[name])
         for number, spec in enumerate(self.wirings[name].methods):
-            for part in self.methods[name][spec.kind].values():
+            for part in cast(nn.ModuleDict, parts[spec.kind]).values():
                 if isinstance(part, PrefixPart) and spec.kind not in self.off:
                     found.append((part, self._fit(self._values[name][..., number : number + 1], batch)))
         return found
@@ -160,9 +174,7 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
 
 def gate_of(block: GatedBlock, adapter: str) -> Gate:
     """Returns an adapter's gate in a block."""
-    gate = block.gates[adapter]
-    assert isinstance(gate, Gate)
-    return gate
+    return cast(Gate, block.gates[adapter])
 
 
 def _in_slice(part: nn.Module, y: Tensor, x: Tensor, gate: Tensor, start: int | None, stop: int | None) -> Tensor:

@@ -50,7 +50,11 @@ class CheckpointKeys:
 def _check_fit(model: nn.Module, adapter: str, found: dict[str, torch.Tensor]) -> None:
     here = model.state_dict()
     expected = {k for k in here if any(f"{c}{adapter}." in k for c in _CONTAINERS)}
-    problems = [f"{len(missing)} tensors are missing, such as {missing[0]}" for missing in [sorted(expected - set(found))] if missing]
+    problems = [
+        f"{len(missing)} tensors are missing, such as {missing[0]}"
+        for missing in [sorted(expected - set(found))]
+        if missing
+    ]
     left = sorted(k for k in found if any(c in k for c in _CONTAINERS) and k not in expected)
     if left:
         problems.append(f"{len(left)} tensors have no place, such as {left[0]}")

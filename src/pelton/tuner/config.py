@@ -90,7 +90,7 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
 
     @classmethod
     def unipelt(cls, **common: Unpack[Common]) -> Self:
-        """The paper's UniPELT (APL): bottleneck 48, prefix 10, LoRA 8, a linear gate for each (Mao et al., ACL 2022)."""
+        """The paper's UniPELT (APL): bottleneck 48, prefix 10, LoRA 8, linear gates (Mao et al., ACL 2022)."""
         lora = LoRA(rank=8, alpha=8)
         return cls(methods=[lora, Bottleneck(bottleneck_size=48), _published_prefix()], gate=LinearGate(), **common)
 
@@ -121,7 +121,7 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
 
 
 def _published_prefix() -> Prefix:
-    return Prefix(prefix_length=10, parametrisation="mlp", gating="mass")
+    return Prefix(prefix_length=10, parametrisation="mlp", gating="scale")
 
 
 def _check_folder(folder: Path) -> None:

@@ -24,8 +24,8 @@ def gated_blocks(model: nn.Module) -> list[GatedBlock]:
 def set_methods(model: nn.Module, **enabled: bool) -> None:
     """Turns methods on or off in every block and adapter: `set_methods(model, lora=True, prefix=False)`.
 
-    A method that is off adds nothing and costs nothing; the gate values of the others stay what they are. It is a state of
-    this model object, like PEFT's `disable_adapter`: it is not saved.
+    A method that is off adds nothing and costs nothing; the gate values of the others stay what they are. It is a state
+    of this model object, like PEFT's `disable_adapter`: it is not saved.
 
     Raises:
         UnknownName: a kind that no adapter of the model has; nothing is changed.

@@ -1,8 +1,9 @@
-"""Folding adapters into the backbone's weights: exact where gates are static and every method is linear in its layer."""
+"""Folding adapters into the backbone's weights: exact where gates are static and methods linear in their layer."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pelton.errors import AdapterError
 from pelton.gates import StaticGate
-from pelton.methods import BitFit, Part
+from pelton.methods import BitFit
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.plan import Edit
 
@@ -41,7 +42,7 @@ def _check_layers(gated: GatedBlock, block: nn.Module, name: str) -> None:
         where = f"{gated.block.name}.{path}"
         if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D):
             raise AdapterError(f"{where} is a {type(layer).__name__}; adapters merge into nn.Linear and Conv1D only.")
-        if layer.bias is None and any(edit.kind == BitFit.kind for edit in edits):
+        if cast(nn.Linear, layer).bias is None and any(edit.kind == BitFit.kind for edit in edits):
             raise AdapterError(
                 f"Adapter {name!r} trains a bias for {where}, which has none to merge into. Keep the adapter attached, "
                 "or leave the site out of BitFit."
@@ -62,16 +63,18 @@ def fold_block(
     """
     layers: dict[str, None] = {p: None for a in adapters if a in gated.wirings for p, _ in gated.wirings[a].edits}
     for path in layers:
-        layer = block.get_submodule(path)
+        layer = cast(nn.Linear, block.get_submodule(path))
         flipped = isinstance(layer, Conv1D)
         weight = layer.weight.detach().float().clone()
         weight = weight.t().contiguous() if flipped else weight
-        bias = None if layer.bias is None else layer.bias.detach().float().clone()
+        bias: Tensor | None = None if layer.bias is None else layer.bias.detach().float().clone()
         for name in adapters:
             weight, bias = _fold_adapter(gated, path, name, weight, bias)
         if check and not all(bool(torch.isfinite(t).all()) for t in (weight, bias) if t is not None):
-            raise AdapterError(f"Merging into {gated.block.name}.{path} gives values that are not finite; nothing merged.")
-        yield layer.weight, weight.t() if flipped else weight
+            raise AdapterError(
+                f"Merging into {gated.block.name}.{path} gives values that are not finite; nothing merged."
+            )
+        yield cast(nn.Parameter, layer.weight), weight.t() if flipped else weight
         if bias is not None:
             yield layer.bias, bias
 
@@ -91,8 +94,7 @@ def _fold_adapter(
 def _fold_edit(
     gated: GatedBlock, name: str, edit: Edit, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    part, gate = gated.methods[name][edit.kind][edit.key], gated.gates[name]
-    assert isinstance(part, Part)
+    part, gate = gated.part(name, edit.kind, edit.key), gated.gates[name]
     assert isinstance(gate, StaticGate)
     rows = slice(edit.start, edit.stop)
     new_weight, new_bias = part.fold(weight[rows], None if bias is None else bias[rows], gate.values()[edit.number])

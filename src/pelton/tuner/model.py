@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import set_additional_trainable_modules
 from torch import nn
@@ -44,6 +44,7 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
 
     prefix = PREFIX
     tuner_layer_cls = GatedBlock
+    targeted_module_names: list[str]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads it from the class
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -218,6 +219,3 @@ def _check_name(name: str) -> None:
     reserved = {"gates", "methods", CHILD, "hidden", "out", "down", *METHODS}
     if name in reserved or "." in name or not name:
         raise AdapterError(f"An adapter cannot be named {name!r}: parts of adapters are. Choose another name.")
-
-
-__all__ = ["BaseTunerLayer", "PeltonModel"]

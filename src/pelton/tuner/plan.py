@@ -20,8 +20,16 @@ Edits = Literal["input", "output"]
 
 @dataclasses.dataclass(frozen=True)
 class Edit:
-    """One part as its layer's hook finds it: the method's kind, its number among the gate values, the part's key, and
-    the slice of the layer's output that it edits (None: all of it)."""
+    """One part as its layer's hook finds it.
+
+    Attributes:
+        kind: the method's kind.
+        number: its number among the gate values.
+        key: the part's key.
+        start: where the slice of the layer's output begins that it edits; None for all of it.
+        stop: where the slice ends.
+        order: see `Part.order`.
+    """
 
     kind: str
     number: int

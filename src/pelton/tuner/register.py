@@ -1,7 +1,7 @@
 """Making Pelton known to PEFT: its name in the enum of methods, its config and its tuner in PEFT's tables.
 
-`register_peft_method` takes only names that are members of `PeftType`, so the member is added first. This is the one place
-that reaches into PEFT's enum.
+`register_peft_method` takes only names that are members of `PeftType`, so the member is added first. This is the one
+place that reaches into PEFT's enum.
 """
 
 from __future__ import annotations

@@ -35,8 +35,8 @@ def gate_summary(model: nn.Module, frame: pd.DataFrame | None = None) -> pd.Data
 
     rows = []
     for index, block in enumerate(gated_blocks(model)):
-        adapter = block.active_adapters[0]
-        if adapter in block.gates:
+        adapter = block.adapters_at_work[0]
+        if adapter in block.wirings:
             rows.append({"index": index, "block": block.block.name, **_row(block, adapter, frame)})
     table = pd.DataFrame(rows)
     last = ["sum", "requires_grad", "is_buffer"]
@@ -54,7 +54,7 @@ def _row(block: GatedBlock, adapter: str, frame: pd.DataFrame | None) -> dict[st
         )
     else:
         mine = frame[frame.block.str.endswith(block.block.name) & (frame.adapter == adapter)]
-        values = mine.groupby("method").value.mean().to_dict()
+        values = {str(k): float(v) for k, v in mine.groupby("method").value.mean().items()}
     parameters = list(gate.parameters())
     return {
         **{method: float(values[method]) for method in gate.methods},
