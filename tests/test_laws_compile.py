@@ -156,6 +156,7 @@ def test_compiled_gradients_equal_eager_ones() -> None:
 
 
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # inductor itself uses what torch deprecates
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_inductor_equals_eager(name: str) -> None:

@@ -62,6 +62,7 @@ class TrainingSettings(_Section):
         early_stopping_min_delta: By how much a score must be better to count.
         metric_for_best: The validation score that chooses the checkpoint.
         seed: Of the sampled examples, the initial weights, the order of the data and dropout.
+        group_by_length: Makes batches of examples of like length, which saves padding.
         gradient_checkpointing: Computes activations twice instead of keeping them.
         precision: fp32, or automatic mixed precision.
         log_every: Steps between two entries of the history.
@@ -85,6 +86,7 @@ class TrainingSettings(_Section):
     early_stopping_min_delta: Annotated[float, Field(ge=0.0)] = 0.0
     metric_for_best: Literal["accuracy", "macro_f1", "f1", "loss"] = "accuracy"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
+    group_by_length: bool = False
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     log_every: Count = 10

@@ -69,6 +69,7 @@ def training_arguments(settings: TrainingSettings, folder: RunFolder, validated:
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch_size,
+        train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
         per_device_eval_batch_size=settings.eval_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate,
