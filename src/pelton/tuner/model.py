@@ -15,16 +15,17 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.integrations import init_empty_weights
 from peft.utils.other import set_additional_trainable_modules
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from pelton.anatomy import find_anatomy
 from pelton.errors import AdapterError
-from pelton.gates import DynamicGateSpec
-from pelton.gates.penalties import penalty, wanted
+from pelton.gates.penalties import wanted
 from pelton.methods import METHODS
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.checkpoint import CheckpointKeys
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.merge import check_foldable, fold_block
+from pelton.tuner.penalise import attach_penalties
 from pelton.tuner.plan import BlockPlan, fingerprint, make_plan
 from pelton.tuner.register import PREFIX
 from pelton.tuner.routing import routed_batch
@@ -46,32 +47,7 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
     tuner_layer_cls = GatedBlock
     targeted_module_names: list[str]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads it from the class
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Runs the backbone; in training, adds the gate penalties to `outputs.loss`."""
-        names = [n for n in self.active_adapters if wanted(self.peft_config[n].gate_spec)] if self.training else []
-        if not names:
-            return self.model(*args, **kwargs)
-        blocks = list(self.blocks())
-        for block in blocks:
-            block.kept = []
-        try:
-            outputs = self.model(*args, **kwargs)
-            if getattr(outputs, "loss", None) is not None:
-                outputs["loss"] = outputs.loss + sum(self._penalty(name, blocks) for name in names)
-        finally:
-            for block in blocks:
-                block.kept = None
-        return outputs
-
-    def _penalty(self, name: str, blocks: Sequence[GatedBlock]) -> torch.Tensor:
-        seen = [(values, mask) for block in blocks for n, values, mask in block.kept or () if n == name]
-        if not any(values.requires_grad for values, _ in seen) and torch.is_grad_enabled():
-            raise AdapterError(
-                "Gate penalties need gradients through the gates, but they have none. With gradient checkpointing, "
-                "pass gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
-        return penalty(cast(DynamicGateSpec, self.peft_config[name].gate_spec), seen)
+    penalty_hooks: tuple[RemovableHandle, ...] = ()
 
     def blocks(self) -> Iterator[GatedBlock]:
         """Yields the gated blocks, in the order of the model."""
@@ -112,6 +88,8 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
         for plan in plans:
             parent = model.get_submodule(plan.block.name)
             self._create_and_replace(config, adapter_name, parent, CHILD, parent, plan.block.name, plan=plan)
+        if wanted(config.gate_spec) and not self.penalty_hooks:
+            self.penalty_hooks = attach_penalties(self, model)
         self.targeted_module_names = list(dict.fromkeys([*self.targeted_module_names, *(p.block.name for p in plans)]))
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         self._mark_only_adapters_as_trainable(model)
@@ -195,6 +173,8 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
         for path, block in list(self._named_blocks()):
             block.taps.disconnect()
             delattr(self.model.get_submodule(path), CHILD)
+        for hook in self.penalty_hooks:
+            hook.remove()
         self._unwrap_saved_modules(merge)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
