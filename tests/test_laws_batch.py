@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor
 
-from law import GATES, METHODS, attached, far, together
-from pelton import FixedGate, MLPGate, Prefix
+from law import GATES, METHODS, attached, far, together, wake
+from pelton import FixedGate, MLPGate, PeltonConfig, Prefix
 from zoo import ARCHS, SEQ, VOCAB, Arch
 
 TEXTS = [name for name, a in ARCHS.items() if a.kind == "text"]
@@ -160,3 +161,16 @@ def test_token_granularity_in_encoders_ignores_padding() -> None:
     model = attached(arch, MLPGate(hidden_size=8, granularity="token", init_std=0.5), together(arch))
     with torch.no_grad():
         assert far(arch.run(model, inputs), arch.run(model, _pad(inputs, 4))) <= 1e-6
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from torch's own flex attention
+@pytest.mark.parametrize("name", ["llama", "gemma3", "bert"])
+def test_blocks_with_a_prefix_fall_back_from_flex_attention(name: str) -> None:
+    arch, inputs = ARCHS[name], ARCHS[name].inputs()
+    with torch.no_grad():
+        expected = arch.run(attached(arch), inputs)
+        backbone = arch.build()
+        backbone.set_attn_implementation("flex_attention")
+        with pytest.warns(UserWarning, match="'flex_attention' attention cannot carry a prefix"):
+            model = wake(get_peft_model(backbone, PeltonConfig(methods=together(arch), gate=GATES["mlp"]))).eval()
+        assert far(expected, arch.run(model, inputs)) <= 1e-6

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 
 def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -23,18 +25,23 @@ def masked_mean(x: Tensor, mask: Tensor | None) -> Tensor:
     return (weights[:, None] @ x) / total[:, None, None]  # a product: no masked copy of x
 
 
-def padding_of(attention_mask: Tensor | None, tokens: int) -> Tensor | None:
+def padding_of(attention_mask: Tensor | BlockMask | None, tokens: int) -> Tensor | None:
     """Reads off an attention mask which tokens are real, [B or 1, T], 1 or 0.
 
     A token that is not padding may attend to itself under every pattern in use (full, causal, sliding window), so the
     diagonal of a [B, 1, T, T] mask tells. Boolean and integer masks hold 1 for what is visible; additive masks hold 0.
 
     Args:
-        attention_mask: [B, T], [B, 1, 1, T] or [B, 1, T, T]; None when nothing is padded.
+        attention_mask: [B, T], [B, 1, 1, T] or [B, 1, T, T]; a block mask from flex attention; None when nothing is
+            padded.
         tokens: T. A mask over more keys than tokens comes from decoding with a cache, one unpadded token at a time.
     """
     if attention_mask is None or attention_mask.shape[-1] != tokens:
         return None
+    if isinstance(attention_mask, BlockMask):
+        device = attention_mask.kv_num_blocks.device
+        row, token = torch.arange(attention_mask.shape[0], device=device)[:, None], torch.arange(tokens, device=device)
+        return attention_mask.mask_mod(row, row.new_zeros(()), token, token).expand(len(row), tokens)
     if attention_mask.dim() == 2:
         seen = attention_mask
     elif attention_mask.shape[-2] == 1:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, create_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pelton.methods import PrefixPart
@@ -48,8 +49,7 @@ class AttentionTap:
         tap = AttentionTap(gated, config)
         if config._attn_implementation not in ("sdpa", "eager", None):
             warnings.warn(
-                f"{config._attn_implementation!r} attention cannot carry a prefix: {gated.block.name!r} and other "
-                "blocks with a prefix use 'sdpa'.",
+                f"{config._attn_implementation!r} attention cannot carry a prefix: blocks with one use 'sdpa'.",
                 stacklevel=2,
             )
         attention.pelton_tap = tap  # type: ignore[assignment]
@@ -76,7 +76,12 @@ class AttentionTap:
 
 
 def attention_forward(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None,
+    **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Runs the backbone's attention with the prefixes of the adapters at work.
 
@@ -85,13 +90,16 @@ def attention_forward(
         query: [B, H, T, K].
         key: [B, H_kv, S, K].
         value: [B, H_kv, S, K].
-        attention_mask: boolean or additive, [B, 1, T, S]; [B, S] from flash kernels; or None.
+        attention_mask: boolean or additive, [B, 1, T, S]; [B, S] for flash kernels; a block mask for flex; or None.
         **kwargs: what the backbone's function takes: scaling, dropout, position_bias, …
 
     Returns:
         The output [B, T, H, K] and, from eager, the weights [B, H, T, S] without the prefix's columns.
     """
     tap = cast(AttentionTap, module.pelton_tap)
+    if tap.config._attn_implementation not in ("sdpa", "eager", None):
+        attention_mask = _visible(module, query, key, attention_mask, kwargs)
+    assert attention_mask is None or isinstance(attention_mask, Tensor)
     base, gated = tap.base(module), tap.gated
     routes = list(gated.routed())
     if gated.routes is None:
@@ -120,11 +128,9 @@ def _with_prefixes(
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    tap = cast(AttentionTap, module.pelton_tap)
-    if tap.config._attn_implementation not in ("sdpa", "eager", None):
-        attention_mask = _visible(module, query, key, attention_mask, kwargs)
     if not prefixes:
         return base(module, query, key, value, attention_mask, **kwargs)
+    tap = cast(AttentionTap, module.pelton_tap)
     mask = _additive(module, query, key, attention_mask, tap.implementation, kwargs)
     rows = max(mask.shape[0], *(gate.shape[0] for _, gate in prefixes))
     keys, values, biases, length = [], [], [], 0
@@ -166,9 +172,11 @@ def _additive(
 
 
 def _visible(
-    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, kwargs: dict[str, Any]
+    module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | BlockMask | None, kwargs: dict[str, Any]
 ) -> Tensor | None:
     """Spells out which keys each query sees, from the flags and the [B, S] mask that kernels without masks get."""
+    if isinstance(mask, BlockMask):
+        return create_mask(mask.mask_mod, query.shape[0], 1, query.shape[2], key.shape[2], query.device)
     if mask is not None and mask.dim() == 4:
         return mask
     padding = None if mask is None else mask[:, None, None].bool()

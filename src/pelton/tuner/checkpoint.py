@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from pelton.errors import AdapterError
@@ -42,20 +43,35 @@ class CheckpointKeys:
         try:
             _check_fit(model, adapter_name, remapped)
         except AdapterError:
-            _take_off(model, adapter_name)
+            cast(Any, getattr(model, "base_model", model)).take_off(adapter_name)
             raise
         return remapped  # type: ignore[no-any-return]
 
 
+def check_heads(model: nn.Module, config: PeltonConfig) -> None:
+    """Refuses a saved adapter without the tensors of a head that it trained, where PEFT would stop half-way.
+
+    Raises:
+        AdapterError: a module that `modules_to_save` names is not in the file.
+    """
+    if config.saved is None:
+        return
+    for name, module in model.named_modules():
+        if not any(name.endswith(target) for target in config.modules_to_save or ()):
+            continue
+        inner = module.original_module if isinstance(module, AuxiliaryTrainingWrapper) else module
+        for key in inner.state_dict():
+            if not any(saved.endswith(f"{name}.{key}") for saved in config.saved):
+                raise AdapterError(
+                    f"The adapter trains {name!r}, but its file lacks {name}.{key}. Save it again with save_pretrained."
+                )
+
+
 def _check_fit(model: nn.Module, adapter: str, found: dict[str, torch.Tensor]) -> None:
     here = model.state_dict()
-    expected = {k for k in here if any(f"{c}{adapter}." in k for c in _CONTAINERS)}
-    problems = [
-        f"{len(missing)} tensors are missing, such as {missing[0]}"
-        for missing in [sorted(expected - set(found))]
-        if missing
-    ]
-    left = sorted(k for k in found if any(c in k for c in _CONTAINERS) and k not in expected)
+    missing = sorted(k for k in here if any(f"{c}{adapter}." in k for c in _CONTAINERS) and k not in found)
+    left = sorted(k for k in found if k not in here)
+    problems = [f"{len(missing)} tensors are missing, such as {missing[0]}"] if missing else []
     if left:
         problems.append(f"{len(left)} tensors have no place, such as {left[0]}")
     for key in sorted(set(found) & set(here)):
@@ -67,11 +83,3 @@ def _check_fit(model: nn.Module, adapter: str, found: dict[str, torch.Tensor]) -
             f"The weights do not fit adapter {adapter!r}: {'; '.join(problems)}. The adapter was saved for another "
             "architecture, size or configuration; nothing was loaded."
         )
-
-
-def _take_off(model: Any, adapter: str) -> None:
-    """Removes an adapter that could not be loaded; the last one leaves the backbone as it was."""
-    if len(model.peft_config) > 1:
-        model.delete_adapter(adapter)
-    else:
-        getattr(model, "base_model", model).unload()

@@ -11,7 +11,7 @@ from typing import Any, Self, TypedDict, Unpack, cast
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
-from pelton.errors import AdapterError, SpecError
+from pelton.errors import AdapterError, SpecError, unknown
 from pelton.gates import GATES, FixedGate, GateSpec, LinearGate, MLPGate
 from pelton.methods import METHODS, Bottleneck, LoRA, MethodSpec, Prefix
 from pelton.tuner.register import PELTON
@@ -60,6 +60,7 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
         """Turns names and mappings into specs and checks the list."""
         super().__post_init__()
         self.peft_type = PELTON
+        self.saved: frozenset[str] | None = None  # the tensors in the folder it was read from; not a part of the config
         self.gate = GATES.parse(self.gate)
         if self.modules_to_save is not None:
             self.modules_to_save = list(self.modules_to_save)
@@ -115,21 +116,25 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
         """Reads a saved config; a local folder's weights are checked first, so that nothing is attached in vain."""
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if folder.is_dir():
-            _check_folder(folder)
-        return cast(Self, super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs))
+        saved = _check_folder(folder, [f.name for f in dataclasses.fields(cls)]) if folder.is_dir() else None
+        config = cast(Self, super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs))
+        config.saved = saved
+        return config
 
 
 def _published_prefix() -> Prefix:
     return Prefix(prefix_length=10, parametrisation="mlp", gating="scale")
 
 
-def _check_folder(folder: Path) -> None:
-    """Refuses a folder whose config or weights cannot be read, or whose weights are a pickle."""
+def _check_folder(folder: Path, keys: Sequence[str]) -> frozenset[str]:
+    """Refuses a folder whose config or weights cannot be read, or whose weights are a pickle; names its tensors."""
     try:
-        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise AdapterError(f"{folder}/adapter_config.json cannot be read: expected JSON, got {error}.") from error
+    for key in values:
+        if key not in keys:  # PEFT would warn and go on without
+            raise unknown("key of adapter_config.json", key, keys)
     weights = folder / WEIGHTS
     if not weights.exists():
         there = ", ".join(sorted(p.name for p in folder.iterdir()))
@@ -139,7 +144,7 @@ def _check_folder(folder: Path) -> None:
         )
     try:
         with safe_open(weights, framework="pt") as file:
-            file.keys()
+            return frozenset(file.keys())
     except (SafetensorError, OSError) as error:
         raise AdapterError(
             f"{weights} is not a whole safetensors file ({weights.stat().st_size} bytes): {error}. "

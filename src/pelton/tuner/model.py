@@ -22,7 +22,7 @@ from pelton.errors import AdapterError
 from pelton.gates.penalties import wanted
 from pelton.methods import METHODS
 from pelton.tuner.block import GatedBlock
-from pelton.tuner.checkpoint import CheckpointKeys
+from pelton.tuner.checkpoint import CheckpointKeys, check_heads
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.merge import check_foldable, fold_block
 from pelton.tuner.penalise import attach_penalties
@@ -48,6 +48,7 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
     targeted_module_names: list[str]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads it from the class
     penalty_hooks: tuple[RemovableHandle, ...] = ()
+    requiring: list[tuple[nn.Parameter, bool]]
 
     def blocks(self) -> Iterator[GatedBlock]:
         """Yields the gated blocks, in the order of the model."""
@@ -77,6 +78,7 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
         context: AbstractContextManager[Any] = init_empty_weights() if low_cpu_mem_usage else nullcontext()
         try:
             anatomy = find_anatomy(model)
+            check_heads(model, config)
             with context:
                 plans = make_plan(config, anatomy)
         except Exception:
@@ -84,7 +86,7 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
             raise
         config = self.peft_config[adapter_name] = copy.copy(config)
         config.backbone = fingerprint(anatomy)
-        others = [(p, p.requires_grad) for p in model.parameters()] if len(self.peft_config) > 1 else []
+        self.requiring = [(p, p.requires_grad) for p in model.parameters()]
         for plan in plans:
             parent = model.get_submodule(plan.block.name)
             self._create_and_replace(config, adapter_name, parent, CHILD, parent, plan.block.name, plan=plan)
@@ -100,8 +102,8 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
             adapter_name=adapter_name,
             activate_adapter=adapter_name in self.active_adapters,
         )
-        for parameter, requires_grad in others:
-            parameter.requires_grad = requires_grad
+        if len(self.peft_config) > 1:
+            self._require_as_before()
 
     def _create_and_replace(
         self,
@@ -126,6 +128,35 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
         device = next(layer.parameters()).device
         if device.type != "meta" and not any(p.is_meta for p in gated.parameters()):
             gated.to(device)
+
+    def _require_as_before(self) -> None:
+        for parameter, requires_grad in self.requiring:
+            parameter.requires_grad = requires_grad
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Removes one adapter, with the hooks that only it needed and the blocks that only it had."""
+        was_active = adapter_name in self.active_adapters
+        left = [name for name in self.active_adapters if name != adapter_name]
+        super().delete_adapter(adapter_name)
+        for path, block in list(self._named_blocks()):
+            parent = self.model.get_submodule(path)
+            block.taps.disconnect()
+            if not block.wirings:
+                delattr(parent, CHILD)
+                continue
+            block.taps = Taps(block, parent)
+            for name in block.wirings:
+                block.taps.connect(parent, name)
+        if was_active:
+            self.set_adapter(left or list(self.peft_config)[:1])
+
+    def take_off(self, adapter_name: str) -> None:
+        """Removes an adapter that could not be loaded; everything is as it was before it came."""
+        if len(self.peft_config) > 1:
+            self.delete_adapter(adapter_name)
+        else:
+            self.unload()
+        self._require_as_before()
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
         """PEFT's hook for mixed batches: `adapter_names` gives each row its adapter."""
