@@ -1,8 +1,8 @@
 """Does padding change an answer? One gated adapter on the same rows: alone, in batches, and padded ever further.
 
 Counts the predictions that differ from those of each row run alone, and the largest change of a logit. AdapterHub's
-UniPELT, whose gates average over padding, changed 34, 85 and 127 of 408 MRPC predictions in batches of 32, padded to 128 and
-padded to 512.
+UniPELT, whose gates average over padding, changed 34, 85 and 127 of 408 MRPC predictions in batches of 32, padded to
+128 and padded to 512.
 
     python benchmarks/padding.py [--rows 400]
 """

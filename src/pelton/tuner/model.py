@@ -13,14 +13,13 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import set_additional_trainable_modules
+from peft.utils.other import ModulesToSaveWrapper, set_additional_trainable_modules
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from pelton.anatomy import find_anatomy
 from pelton.errors import AdapterError
 from pelton.gates.penalties import wanted
-from pelton.methods import METHODS
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.checkpoint import CheckpointKeys, check_heads
 from pelton.tuner.config import PeltonConfig
@@ -73,7 +72,6 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
             low_cpu_mem_usage: build on the meta device, to be filled by loading.
             state_dict: PEFT's hint where the adapter goes; the config says it already.
         """
-        _check_name(adapter_name)
         config = self.peft_config[adapter_name]
         context: AbstractContextManager[Any] = init_empty_weights() if low_cpu_mem_usage else nullcontext()
         try:
@@ -81,6 +79,7 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
             check_heads(model, config)
             with context:
                 plans = make_plan(config, anatomy)
+            _check_names(list(self.peft_config), plans)
         except Exception:
             del self.peft_config[adapter_name]
             raise
@@ -216,7 +215,10 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
         wrapped = [(n, m) for n, m in self.model.named_modules() if hasattr(m, "unload_and_optionally_merge_module")]
         for name, module in wrapped:
             parent, _, child = name.rpartition(".")
-            plain = module.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=None)
+            if not merge and isinstance(module, ModulesToSaveWrapper):
+                plain = module.original_module  # PEFT would leave the trained copy
+            else:
+                plain = module.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=None)
             setattr(self.model.get_submodule(parent), child, plain)
 
     def _named_blocks(self) -> Iterator[tuple[str, GatedBlock]]:
@@ -225,8 +227,17 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
                 yield name.removesuffix(f".{CHILD}"), module
 
 
-def _check_name(name: str) -> None:
-    """Refuses adapter names that PEFT could not tell from the parts of an adapter when it saves one of several."""
-    reserved = {"gates", "methods", CHILD, "hidden", "out", "down", *METHODS}
-    if name in reserved or "." in name or not name:
-        raise AdapterError(f"An adapter cannot be named {name!r}: parts of adapters are. Choose another name.")
+def _check_names(names: Sequence[str], plans: Sequence[BlockPlan]) -> None:
+    """Refuses adapter names that are also components of adapters' keys.
+
+    PEFT leaves other adapters out of a saved one by looking for their names anywhere in a key.
+    """
+    taken = {"gates", "methods", CHILD}
+    for plan in plans:
+        modules: list[tuple[str, nn.Module]] = [("", plan.gate)]
+        modules += [(f"{kind}.{key}", part) for kind, parts in plan.parts.items() for key, part in parts.items()]
+        for path, module in modules:
+            taken.update(path.split("."), *(key.split(".") for key in module.state_dict()))
+    for name in names:
+        if not name or "." in name or name in taken:
+            raise AdapterError(f"An adapter cannot be named {name!r}: parts of adapters are. Choose another name.")
