@@ -1,8 +1,8 @@
 """Ten examples a class of BANKING77: full fine-tuning, single methods, all together, and gated.
 
 Every method trains the same recipe (`pelton fit banking77`) at two learning rates with the first seed. The rate with
-the better accuracy on held-back training rows, 10 a class that the run was not trained on, is then trained with the other
-seeds. The test split is only reported. Runs go to an append-only JSONL: an interrupted benchmark goes on where it
+the better accuracy on held-back training rows, 10 a class that the run was not trained on, is then trained with the
+other seeds. The test split is only reported. Runs go to an append-only JSONL: an interrupted benchmark goes on where it
 stopped, and several processes can share the work (`--only`).
 
     python benchmarks/quality.py [--only lora gated] [--seeds 0 1] [--out docs/data/banking77.jsonl]
