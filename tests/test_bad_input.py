@@ -483,6 +483,7 @@ SPOILED: dict[str, tuple[Spoil, type[PeltonError], str]] = {
         r"'bert' with 12 blocks of width \[32\], but",
     ),
 }
+EDITED = [how for how, (spoil, _, _) in SPOILED.items() if "_edit_weights" in spoil.__qualname__]
 
 
 @pytest.fixture(scope="module")
@@ -525,6 +526,24 @@ def test_a_good_adapter_survives_a_spoiled_one(how: str, saved: Path, tmp_path: 
     model.load_adapter(saved, adapter_name="second")
     with torch.no_grad():
         assert torch.equal(before.out, arch.run(model, arch.inputs()))
+
+
+@pytest.mark.parametrize("origin", ["attached", "loaded"])
+@pytest.mark.parametrize(
+    "how", [how for how, (spoil, _, _) in SPOILED.items() if "_edit_weights" in spoil.__qualname__]
+)
+def test_an_adapter_keeps_its_weights_when_others_do_not_fit(
+    how: str, origin: str, saved: Path, tmp_path: Path
+) -> None:
+    arch = ARCHS["bert"]
+    if origin == "attached":
+        model = attached(arch, methods=[METHODS["lora"], METHODS["bottleneck"]])
+    else:
+        model = PeftModel.from_pretrained(arch.build(), saved)
+    folder, before = _spoiled(saved, tmp_path, how), Before(arch, model)
+    with pytest.raises(AdapterError, match=SPOILED[how][2]):
+        model.load_adapter(folder, adapter_name="default")
+    before.assert_same()
 
 
 @pytest.mark.parametrize("low", [False, True])

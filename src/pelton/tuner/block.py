@@ -91,6 +91,9 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
             mask: 1 for tokens and 0 for padding, [B, T]; None when nothing is padded.
         """
         self._batch = x.shape[0]
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            # Recomputation by checkpointing does not reach the end of the block: clean up when backward ends.
+            torch.autograd.Variable._execution_engine.queue_callback(self.close)
         for name, rows in self.routed():
             gate = self.gates[name]
             if rows is not None:

@@ -35,16 +35,20 @@ class CheckpointKeys:
         """Gives checkpoint keys the adapter's name, after checking that every tensor is there and fits.
 
         Raises:
-            AdapterError: a tensor is missing, left over or of another shape. The adapter is taken off again.
+            AdapterError: a tensor is missing, left over or of another shape. An adapter that came with these weights is
+                taken off again; one that was there before keeps its own.
         """
         remapped = super()._remap_adapter_state_dict_for_load(  # type: ignore[misc]
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+        tuner = cast(Any, getattr(model, "base_model", model))
         try:
             _check_fit(model, adapter_name, remapped)
         except AdapterError:
-            cast(Any, getattr(model, "base_model", model)).take_off(adapter_name)
+            if tuner.awaited == adapter_name:
+                tuner.take_off(adapter_name)
             raise
+        tuner.awaited = None
         return remapped  # type: ignore[no-any-return]
 
 
@@ -54,7 +58,7 @@ def check_heads(model: nn.Module, config: PeltonConfig) -> None:
     Raises:
         AdapterError: a module that `modules_to_save` names is not in the file.
     """
-    if config.saved is None:
+    if not config.saved:
         return
     for name, module in model.named_modules():
         if not any(name.endswith(target) for target in config.modules_to_save or ()):

@@ -60,7 +60,7 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
         """Turns names and mappings into specs and checks the list."""
         super().__post_init__()
         self.peft_type = PELTON
-        self.saved: frozenset[str] | None = None  # the tensors in the folder it was read from; not a part of the config
+        self.saved: frozenset[str] | None = None  # of a config that was read: the tensors beside it, if it was a folder
         self.gate = GATES.parse(self.gate)
         if self.modules_to_save is not None:
             self.modules_to_save = list(self.modules_to_save)
@@ -116,7 +116,8 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
         """Reads a saved config; a local folder's weights are checked first, so that nothing is attached in vain."""
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        saved = _check_folder(folder, [f.name for f in dataclasses.fields(cls)]) if folder.is_dir() else None
+        names = [f.name for f in dataclasses.fields(cls)]
+        saved: frozenset[str] = _check_folder(folder, names) if folder.is_dir() else frozenset()
         config = cast(Self, super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs))
         config.saved = saved
         return config

@@ -48,6 +48,7 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads it from the class
     penalty_hooks: tuple[RemovableHandle, ...] = ()
     requiring: list[tuple[nn.Parameter, bool]]
+    awaited: str | None = None  # the adapter whose saved weights are still to come
 
     def blocks(self) -> Iterator[GatedBlock]:
         """Yields the gated blocks, in the order of the model."""
@@ -85,6 +86,7 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
             raise
         config = self.peft_config[adapter_name] = copy.copy(config)
         config.backbone = fingerprint(anatomy)
+        self.awaited = adapter_name if config.saved is not None else None
         self.requiring = [(p, p.requires_grad) for p in model.parameters()]
         for plan in plans:
             parent = model.get_submodule(plan.block.name)

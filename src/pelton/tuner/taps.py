@@ -99,7 +99,7 @@ class Taps:
         else:
             tap = OpenAtAttention(gated, self.attention)
             self.handles["", "open"] = self.attention.register_forward_pre_hook(tap, with_kwargs=True, prepend=True)
-        self.handles["", "close"] = block.register_forward_hook(Close(gated))
+        self.handles["", "close"] = block.register_forward_hook(Close(gated), always_call=True)
 
     def connect(self, block: nn.Module, adapter: str) -> None:
         """Adds the hooks that an adapter needs and that are not there yet."""
