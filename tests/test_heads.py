@@ -119,3 +119,22 @@ def test_a_bfloat16_encoder_runs() -> None:
     encoder.config.num_labels = 2
     model = MeanPoolingClassifier(encoder.config, encoder)
     assert model(IDS, torch.ones_like(IDS)).logits.dtype == torch.bfloat16
+
+
+def test_class_means_classify_by_the_nearest_mean(config: PreTrainedConfig) -> None:
+    model = MeanPoolingClassifier(config).eval()
+    batch = {
+        "input_ids": torch.randint(5, 20, (6, 7)),
+        "attention_mask": torch.ones(6, 7, dtype=torch.long),
+        "labels": torch.tensor([0, 1, 0, 1, 0, 1]),
+    }
+    untouched = model.classifier.weight[2].clone()
+    model.start_from_class_means([batch])
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    with torch.no_grad():
+        features = model.backbone(**inputs).last_hidden_state.mean(dim=1)
+        logits = model(**inputs).logits[:, :2]
+    means = torch.stack([features[batch["labels"] == k].mean(dim=0) for k in (0, 1)])
+    nearest = torch.cdist(features, means).argmin(dim=1)
+    assert torch.equal(logits.argmax(dim=1), nearest)
+    assert torch.equal(model.classifier.weight[2], untouched)  # a class without examples

@@ -6,6 +6,7 @@ their [CLS] token. Shapes: B batch, T tokens, D hidden, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -67,6 +68,39 @@ class MeanPoolingClassifier(PreTrainedModel):  # type: ignore[misc]
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=encoded.get("hidden_states"), attentions=encoded.get("attentions")
         )
+
+    @torch.no_grad()
+    def start_from_class_means(self, batches: Iterable[Mapping[str, Tensor]]) -> None:
+        """Sets the classifier to that of the nearest class mean, by squared Euclidean distance.
+
+            logit_k = s · (⟨f, μ_k − μ⟩ + c_k),    −s/2 · |f − μ_k|² but for what is the same for all classes
+
+        With few examples a random head spends its first steps distorting pretrained features (Kumar et al. 2022,
+        arXiv 2202.10054); class means start where prototypical networks do (Snell et al. 2017, arXiv 1703.05175,
+        section 2.4). s makes the logits of examples at their own mean exceed the average by 4. A class without
+        examples keeps its random row.
+
+        Args:
+            batches: `input_ids`, `attention_mask` and `labels` [B] of the training examples.
+        """
+        was_training = self.training
+        self.eval()
+        features, labels = [], []
+        for batch in batches:
+            inputs = {key: value for key, value in batch.items() if key != "labels"}
+            hidden = self.backbone(**inputs, return_dict=True).last_hidden_state
+            features.append(mean_pool(hidden, batch.get("attention_mask")).float())
+            labels.append(batch["labels"])
+        f, y = torch.cat(features), torch.cat(labels)  # [N, D], [N]
+        seen = torch.unique(y)
+        means = torch.stack([f[y == k].mean(dim=0) for k in seen])  # [C, D]
+        center = f.mean(dim=0)
+        offsets = means - center
+        scale = 4.0 / offsets.square().sum(dim=1).mean().clamp_min(torch.finfo(f.dtype).tiny)
+        bias = -scale * (offsets.square().sum(dim=1) / 2 + offsets @ center)
+        self.classifier.weight[seen] = (scale * offsets).to(self.classifier.weight.dtype)
+        self.classifier.bias[seen] = bias.to(self.classifier.bias.dtype)
+        self.train(was_training)
 
 
 def mean_pool(hidden: Tensor, mask: Tensor | None) -> Tensor:

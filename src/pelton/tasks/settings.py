@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -25,6 +25,8 @@ class TaskSettings(BaseModel):
         validation_fraction: Share of the training rows that is held back when there is no validation split.
         max_length: Tokens after which a text is cut.
         head: `pooler` is transformers' own sequence classifier; `mean` averages the last hidden states.
+        head_init: What the head starts from: `random` weights, or (with `mean`) the `class_means` of the training
+            examples.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -41,8 +43,15 @@ class TaskSettings(BaseModel):
     validation_fraction: Fraction = 0.1
     max_length: Annotated[int, Field(ge=2)] = 128
     head: Literal["pooler", "mean"] = "pooler"
+    head_init: Literal["random", "class_means"] = "random"
 
     @field_validator("text_columns", mode="before")
     @classmethod
     def _one_column(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _means_need_the_mean(self) -> Self:
+        if self.head_init == "class_means" and self.head != "mean":
+            raise ValueError(f"head_init class_means needs head mean, but got head {self.head}")
+        return self

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import DataCollatorWithPadding
 
 from pelton.errors import RecipeError
 from pelton.tasks.classification import Examples, TextClassification, load_task
@@ -46,6 +47,13 @@ def prepare(recipe: Recipe) -> Prepared:
     transformers.set_seed(recipe.training.seed)
     tokenizer = load_tokenizer(recipe.backbone)
     model, new = load_backbone(recipe, task.labels, tokenizer)
+    if recipe.task.head_init == "class_means":
+        rows = task.encode(splits["train"].texts, tokenizer, splits["train"].labels)
+        collate, size = DataCollatorWithPadding(tokenizer), recipe.training.eval_batch_size
+        model.start_from_class_means(
+            collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+            for start in range(0, len(rows), size)
+        )
     if config is not None:
         model = attach(model, config, new)
     return Prepared(recipe, task, splits, tokenizer, model)
