@@ -317,6 +317,18 @@ def test_adding_and_deleting_an_adapter_leaves_nothing(active: bool, task: str |
     before.assert_same()
 
 
+def test_deleting_an_adapter_of_some_blocks_activates_another_in_all() -> None:
+    arch = ARCHS["bert"]
+    model = attached(arch, methods=[METHODS["lora"]])
+    before = Before(arch, model)
+    model.add_adapter("second", PeltonConfig(methods=[LoRA(layers=(1,))]))
+    model.set_adapter("second")
+    with pytest.warns(UserWarning, match="Setting active adapter to default"):
+        model.delete_adapter("second")
+    before.assert_same()
+    assert all(block.active_adapters == ["default"] for block in gated_blocks(model))
+
+
 def test_deleting_the_last_adapter_leaves_the_backbone() -> None:
     arch = ARCHS["bert"]
     model = arch.build()
