@@ -146,6 +146,8 @@ VALUES: list[tuple[Callable[[], Any], str]] = [
     (lambda: PeltonConfig(methods="lora"), r"methods is a list, but got 'lora'"),
     (lambda: PeltonConfig(methods=["lora", LoRA(rank=2)]), r"lora twice in \['lora', 'lora'\]"),
     (lambda: PeltonConfig(methods=[{"rank": 4}]), r"A method needs a 'kind', but got \{'rank': 4\}"),
+    (lambda: PeltonConfig(methods=[{"kind": "lora", "rank": "8"}]), r"'lora' cannot be made from \{'rank': '8'\}"),
+    (lambda: PeltonConfig(gate={"kind": "mlp", "temperature": None}), r"'mlp' cannot be made from"),
     (lambda: PeltonConfig(methods=[3]), r"A method is a spec, a name or a mapping with a 'kind', but got 3"),
     (lambda: PeltonConfig(methods=[MLPGate()]), r"A method is a spec"),
     (lambda: PeltonConfig(gate=LoRA()), r"A gate is a spec"),
@@ -467,6 +469,7 @@ SPOILED: dict[str, tuple[Spoil, type[PeltonError], str]] = {
     ),
     "unknown gate key": (_edit_config(lambda c: c["gate"].update(taau=3)), UnknownName, r"Unknown key of 'mlp' 'taau'"),
     "unknown key": (_edit_config(lambda c: c.update(gates={})), UnknownName, r"'gates'. Did you mean 'gate'"),
+    "wrong type": (_edit_config(lambda c: c["methods"][0].update(rank="3")), SpecError, r"'lora' cannot be made from"),
     "broken law": (_edit_config(lambda c: c["methods"][0].update(rank=0)), SpecError, r"`rank > 0` must hold"),
     "another rank": (
         _edit_config(lambda c: c["methods"][0].update(rank=4)),

@@ -138,7 +138,7 @@ def test_compiled_gradients_equal_eager_ones() -> None:
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # inductor itself uses what torch deprecates
-@pytest.mark.parametrize(("name", "methods"), [("bert", ["lora", "prefix-kv"]), ("llama", ["bottleneck", "ia3"])])
+@pytest.mark.parametrize(("name", "methods"), [("vit", ["lora", "prefix-kv"]), ("llama", ["bottleneck", "ia3"])])
 def test_inductor_equals_eager(name: str, methods: list[str]) -> None:
     arch = ARCHS[name]
     model = Positional(arch, attached(arch, methods=[METHODS[method] for method in methods])).eval()

@@ -22,13 +22,20 @@ class Spec:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Builds the spec from JSON values; an unknown key is an error that names the nearest one."""
+        """Builds the spec from JSON values; an unknown key is an error that names the nearest one.
+
+        Raises:
+            SpecError: a key is unknown, or a value is of a type that the spec cannot take.
+        """
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "kind"}
         names = [f.name for f in dataclasses.fields(cls)]
         for key in given:
             if key not in names:
                 raise unknown(f"key of {cls.kind!r}", key, names)
-        return cls(**given)
+        try:
+            return cls(**given)
+        except TypeError as error:
+            raise SpecError(f"{cls.kind!r} cannot be made from {given!r}: {error}.") from error
 
 
 S = TypeVar("S", bound=Spec)
