@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
 from pelton.errors import SpecError, unknown
 
@@ -107,3 +107,10 @@ def require(condition: bool, law: str, **values: object) -> None:
     if not condition:
         got = ", ".join(f"{k}={v!r}" for k, v in values.items())
         raise SpecError(f"`{law}` must hold, but got {got}.")
+
+
+def require_size(**values: object) -> None:
+    """Raises SpecError unless every value is a whole number above 0."""
+    for name, value in values.items():
+        require(isinstance(value, int) and not isinstance(value, bool), f"{name} is a whole number", **{name: value})
+        require(cast(int, value) > 0, f"{name} > 0", **{name: value})

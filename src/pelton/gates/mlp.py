@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from pelton.errors import unknown
 from pelton.gates.base import GATES, DynamicGateSpec, Gate, Granularity, Place
 from pelton.gates.pooling import masked_mean
-from pelton.registry import require
+from pelton.registry import require, require_size
 
 
 @GATES.register
@@ -46,7 +46,7 @@ class MLPGate(DynamicGateSpec):
     def __post_init__(self) -> None:
         """Checks sizes, ranges and names."""
         super().__post_init__()
-        require(self.hidden_size > 0, "hidden_size > 0", hidden_size=self.hidden_size)
+        require_size(hidden_size=self.hidden_size)
         require(self.temperature > 0, "temperature > 0", temperature=self.temperature)
         require(0 < self.init < 1, "0 < init < 1", init=self.init)
         require(self.init_std >= 0, "init_std >= 0", init_std=self.init_std)

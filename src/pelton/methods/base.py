@@ -72,6 +72,12 @@ class MethodSpec(Spec):
 
     def __post_init__(self) -> None:
         """Checks the fields every method shares: `sites` and `layers`."""
+        require(not isinstance(self.sites, str), "sites is a list of sites", sites=self.sites)
+        object.__setattr__(self, "sites", tuple(self.sites))
+        if self.layers is not None:
+            object.__setattr__(self, "layers", tuple(self.layers))
+            require(len(self.layers) > 0, f"{self.kind!r} has at least one layer (None for all)", layers=self.layers)
+            require(len(set(self.layers)) == len(self.layers), "every layer is named once", layers=self.layers)
         for site in self.sites:
             if site not in SITES:
                 raise unknown("site", site, SITES)

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from pelton.errors import unknown
 from pelton.methods.base import METHODS, MethodSpec, Part, Shape, add_product
-from pelton.registry import require
+from pelton.registry import require, require_size
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -62,7 +62,7 @@ class Bottleneck(MethodSpec):
     def __post_init__(self) -> None:
         """Checks sizes, ranges and names."""
         super().__post_init__()
-        require(self.bottleneck_size > 0, "bottleneck_size > 0", bottleneck_size=self.bottleneck_size)
+        require_size(bottleneck_size=self.bottleneck_size)
         require(self.scaling > 0, "scaling > 0", scaling=self.scaling)
         require(0 <= self.dropout < 1, "0 <= dropout < 1", dropout=self.dropout)
         if self.activation not in ACTIVATIONS:

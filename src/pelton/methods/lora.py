@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pelton.methods.base import LINEAR_SITES, METHODS, MethodSpec, Part, Shape, add_product
-from pelton.registry import require
+from pelton.registry import require, require_size
 
 
 @METHODS.register
@@ -46,7 +46,7 @@ class LoRA(MethodSpec):
     def __post_init__(self) -> None:
         """Checks sizes and ranges."""
         super().__post_init__()
-        require(self.rank > 0, "rank > 0", rank=self.rank)
+        require_size(rank=self.rank)
         require(self.alpha > 0, "alpha > 0", alpha=self.alpha)
         require(0 <= self.dropout < 1, "0 <= dropout < 1", dropout=self.dropout)
 

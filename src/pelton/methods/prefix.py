@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pelton.errors import unknown
 from pelton.methods.base import METHODS, MethodSpec, Shape
-from pelton.registry import require
+from pelton.registry import require, require_size
 
 PARAMETRISATIONS = ("kv", "mlp", "token")
 GATINGS = ("mass", "scale")
@@ -56,8 +56,8 @@ class Prefix(MethodSpec):
     def __post_init__(self) -> None:
         """Checks sizes and names."""
         super().__post_init__()
-        require(self.prefix_length > 0, "prefix_length > 0", prefix_length=self.prefix_length)
-        require(self.mlp_size > 0, "mlp_size > 0", mlp_size=self.mlp_size)
+        require_size(prefix_length=self.prefix_length)
+        require_size(mlp_size=self.mlp_size)
         require(self.init_std > 0, "init_std > 0", init_std=self.init_std)
         if self.parametrisation not in PARAMETRISATIONS:
             raise unknown("parametrisation", self.parametrisation, PARAMETRISATIONS)

@@ -166,6 +166,18 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
         windows = y.shape[0] // self._batch
         return (rows[:, None] * windows + torch.arange(windows, device=rows.device)).flatten()
 
+    def get_base_layer(self) -> nn.Module:
+        """Refused: PEFT looks through this for weight and bias, and a gated block wraps no layer."""
+        raise AttributeError("a gated block wraps no layer")
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Moves one adapter to the device of the block, as PEFT asks after loading onto the meta device."""
+        if adapter_name in self.wirings:
+            where = device or next(self.taps.attention.parameters()).device
+            if where.type != "meta":
+                self.gates[adapter_name].to(where)
+                self.methods[adapter_name].to(where)
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Refused: a gated block merges as a whole, by `merge_and_unload`."""
         raise NotImplementedError("Pelton merges by merge_and_unload only")

@@ -62,6 +62,10 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
         self.peft_type = PELTON
         self.saved: frozenset[str] | None = None  # of a config that was read: the tensors beside it, if it was a folder
         self.gate = GATES.parse(self.gate)
+        if isinstance(self.gate, FixedGate):
+            for ratio in self.gate.table.values():
+                for kind in ratio if isinstance(ratio, Mapping) else ():
+                    METHODS[kind]  # an unknown kind is an error that names the nearest
         if self.modules_to_save is not None:
             self.modules_to_save = list(self.modules_to_save)
         if self.methods is None:
