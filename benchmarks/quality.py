@@ -85,12 +85,9 @@ def chosen(method: str, rows: list[dict[str, Any]]) -> float:
 def table(rows: list[dict[str, Any]]) -> str:
     """Returns the Markdown table: for each method the rate that won on held-back rows, and its test accuracy."""
     lines = [
-        "| method | learning rate | held-back accuracy | test accuracy | seeds | trainable | training time |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| method | learning rate | held-back accuracy | test accuracy | seeds | trainable |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    seconds = {
-        m: statistics.mean(r["train_seconds"] for r in rows if r["method"] == m) for m in {r["method"] for r in rows}
-    }
     for method in METHODS:
         cells: dict[float, list[dict[str, Any]]] = defaultdict(list)
         for row in rows:
@@ -100,10 +97,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             continue
         rate = chosen(method, rows)
         best = cells[rate]
-        time_ratio = f"{seconds[method] / seconds['full']:.2f}" if "full" in seconds else "–"
         lines.append(
             f"| {method} | {rate:g} | {_mean(best, 'held_back')} | {_mean(best, 'test')} | {len(best)} | "
-            f"{best[0]['trainable']:,} | {time_ratio} |"
+            f"{best[0]['trainable']:,} |"
         )
     return "\n".join(lines)
 
