@@ -23,8 +23,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from pelton import PeltonConfig
-from pelton.tasks.classification import load_task
-from pelton.tasks.settings import TaskSettings
+from pelton.tasks.classification import ClassificationSettings
+from pelton.tasks.load import load_task
 
 
 def predictions(model: Any, encoded: list[list[int]], size: int, width: int | None) -> torch.Tensor:
@@ -56,8 +56,8 @@ def main() -> None:
         for key, parameter in model.named_parameters():
             if ".pelton." in key:
                 parameter.normal_(std=0.1)
-    settings = TaskSettings(data="pelton:banking77")
-    texts = [text for (text,) in load_task(settings, 0)[1]["test"].texts[: args.rows]]
+    settings = ClassificationSettings(data="pelton:banking77")
+    texts = [text for (text,) in load_task(settings, 0).splits["test"].inputs[: args.rows]]
     encoded = AutoTokenizer.from_pretrained(name)(texts)["input_ids"]
     alone = predictions(model, encoded, 1, None)
     for label, size, width in (("batch of 32", 32, None), ("padded to 128", 32, 128), ("padded to 512", 8, 512)):

@@ -41,7 +41,7 @@ HELD_BACK = 10
 
 def one(method: str, rate: float, seed: int, extra: list[str]) -> dict[str, Any]:
     """Trains and evaluates one cell."""
-    from pelton.tasks.classification import Examples, load_task
+    from pelton.tasks.load import load_task
     from pelton.training.fit import fit
     from pelton.training.loading import load_recipe
 
@@ -54,15 +54,15 @@ def one(method: str, rate: float, seed: int, extra: list[str]) -> dict[str, Any]
         start = time.perf_counter()
         run = fit(recipe)
         metrics = run.folder.read("metrics")
-        drawn = set(load_task(recipe.task, seed)[1]["train"].texts)
-        everything = load_task(recipe.task.model_copy(update={"shots": None}), seed)[1]["train"]
-        rest = [i for i, text in enumerate(everything.texts) if text not in drawn]
+        drawn = set(load_task(recipe.task, seed).splits["train"].inputs)
+        everything = load_task(recipe.task.model_copy(update={"shots": None}), seed).splits["train"]
+        rest = [i for i, text in enumerate(everything.inputs) if text not in drawn]
         random.Random(seed).shuffle(rest)
         taken: dict[int, list[int]] = defaultdict(list)
         for i in rest:
-            taken[int(everything.labels[i])].append(i)
+            taken[int(everything.targets[i])].append(i)
         rows = [i for some in taken.values() for i in some[:HELD_BACK]]
-        held = run.evaluate(Examples([everything.texts[i] for i in rows], [everything.labels[i] for i in rows]))
+        held = run.evaluate(everything.take(rows))
     return {
         "method": method,
         "rate": rate,

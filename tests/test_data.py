@@ -6,24 +6,31 @@ import gzip
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
 from transformers import AutoTokenizer
 
 from pelton.errors import DataError
-from pelton.tasks.classification import load_task
+from pelton.tasks.base import Examples
+from pelton.tasks.classification import ClassificationSettings
 from pelton.tasks.columns import find_texts
 from pelton.tasks.labels import find_labels
+from pelton.tasks.load import load_task
 from pelton.tasks.sampling import few_shot, hold_back
-from pelton.tasks.settings import TaskSettings
 from pelton.tasks.splits import load_splits
 from pelton.tasks.tables import Table, read_table
 from tiny import save_data, save_tokenizer, sentences, write_csv, write_jsonl
 
 
-def task(data: Path | str, **settings: object) -> TaskSettings:
-    return TaskSettings.model_validate({"data": str(data), **settings})
+def task(data: Path | str, **settings: object) -> ClassificationSettings:
+    return ClassificationSettings.model_validate({"data": str(data), **settings})
+
+
+def load(settings: ClassificationSettings, seed: int) -> tuple[Any, dict[str, Examples]]:
+    loaded = load_task(settings, seed)
+    return loaded.task, loaded.splits
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------
@@ -56,9 +63,9 @@ def test_parquet_keeps_the_names_of_classes(tmp_path: Path) -> None:
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
     rows.to_parquet(tmp_path / "train.parquet")
-    loaded, splits = load_task(task(tmp_path, validation_fraction=0.0), seed=0)
+    loaded, splits = load(task(tmp_path, validation_fraction=0.0), seed=0)
     assert loaded.labels.names == ("no", "yes")
-    assert splits["train"].labels == [1, 0]
+    assert splits["train"].targets == [1, 0]
 
 
 # ---- columns and labels ------------------------------------------------------------------------------------------
@@ -112,26 +119,28 @@ def test_numbers_are_names_unless_the_source_names_its_ids() -> None:
 def test_label_names_beside_the_files_give_names_to_ids(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", [{"text": "x", "label": 1}, {"text": "y", "label": 0}])
     (tmp_path / "label_names.json").write_text('["off", "on", "unused"]')
-    loaded, splits = load_task(task(tmp_path, validation_fraction=0.0), seed=0)
+    loaded, splits = load(task(tmp_path, validation_fraction=0.0), seed=0)
     assert loaded.labels.names == ("off", "on", "unused")
-    assert splits["train"].labels == [1, 0]
+    assert splits["train"].targets == [1, 0]
 
 
 # ---- sampling ----------------------------------------------------------------------------------------------------
 
 
 def test_shots_are_that_many_of_each_class_and_seeded() -> None:
-    labels = [0] * 30 + [1] * 5 + [2] * 2
+    labels = [0] * 30 + [1] * 5 + [2] * 4
     rows = few_shot(labels, 4, seed=1)
-    assert Counter(labels[row] for row in rows) == {0: 4, 1: 4, 2: 2}
+    assert Counter(labels[row] for row in rows) == {0: 4, 1: 4, 2: 4}
     assert rows == few_shot(labels, 4, seed=1)
     assert rows != few_shot(labels, 4, seed=2)
+    with pytest.raises(DataError, match=r"task.shots asks for 9 training examples of each class, but class 'b' has 8"):
+        few_shot([0] * 20 + [1] * 8, 9, seed=1, names=["a", "b"])
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.25, 0.5])
 def test_held_back_rows_keep_the_classes_proportions(fraction: float) -> None:
     labels = [0] * 400 + [1] * 80 + [2] * 40
-    kept, held = hold_back(labels, fraction, seed=3)
+    kept, held = hold_back(labels, int(len(labels) * fraction), seed=3)
     assert sorted([*kept, *held]) == list(range(len(labels)))
     assert len(held) == int(len(labels) * fraction)
     for label, count in Counter(labels[row] for row in held).items():
@@ -140,26 +149,26 @@ def test_held_back_rows_keep_the_classes_proportions(fraction: float) -> None:
 
 def test_validation_is_held_back_from_training_only_where_there_is_none(tmp_path: Path) -> None:
     given = save_data(tmp_path / "given", train=40, validation=8, test=4)
-    _, splits = load_task(task(given, validation_fraction=0.25), seed=0)
+    _, splits = load(task(given, validation_fraction=0.25), seed=0)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 40, "validation": 8, "test": 4}
     rows = [{"text": f"text {index}", "label": index % 2} for index in range(40)]
     write_jsonl(tmp_path / "train.jsonl", rows)
     write_jsonl(tmp_path / "test.jsonl", [{"text": "held out", "label": 0}])
-    _, splits = load_task(task(tmp_path, validation_fraction=0.25, shots=3), seed=0)
+    _, splits = load(task(tmp_path, validation_fraction=0.25, shots=3), seed=0)
     assert {name: len(found) for name, found in splits.items()} == {"train": 6, "validation": 10, "test": 1}
-    assert not set(splits["train"].texts) & set(splits["validation"].texts)
-    assert splits["test"].texts == [("held out",)]
+    assert not set(splits["train"].inputs) & set(splits["validation"].inputs)
+    assert splits["test"].inputs == [("held out",)]
 
 
 # ---- finding -----------------------------------------------------------------------------------------------------
 
 
 def test_banking77_ships_whole() -> None:
-    loaded, splits = load_task(task("pelton:banking77", validation_fraction=0.0, shots=10), seed=0)
+    loaded, splits = load(task("pelton:banking77", validation_fraction=0.0, shots=10), seed=0)
     assert len(loaded.labels) == 77
     assert (len(splits["train"]), len(splits["test"])) == (770, 3080)
-    assert loaded.labels.names[splits["test"].labels[0]] in loaded.labels.names
-    assert set(splits["test"].labels) == set(range(77))
+    assert loaded.labels.names[splits["test"].targets[0]] in loaded.labels.names
+    assert set(splits["test"].targets) == set(range(77))
 
 
 def test_usual_names_and_named_files_are_found(tmp_path: Path) -> None:
@@ -176,8 +185,8 @@ def test_pairs_are_encoded_as_pairs(tmp_path: Path) -> None:
     save_tokenizer(tmp_path)
     rows = [{"sentence1": "good film", "sentence2": "bad day", "label": index} for index in range(2)]
     write_jsonl(tmp_path / "train.jsonl", rows)
-    loaded, splits = load_task(task(tmp_path, validation_fraction=0.0), seed=0)
-    encoded = loaded.encode(splits["train"].texts, AutoTokenizer.from_pretrained(tmp_path), splits["train"].labels)
+    loaded, splits = load(task(tmp_path, validation_fraction=0.0), seed=0)
+    encoded = loaded.encode(splits["train"].inputs, AutoTokenizer.from_pretrained(tmp_path), splits["train"].targets)
     assert encoded[0]["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1]
     assert encoded["labels"][:] == [0, 1]
 
@@ -297,7 +306,7 @@ def test_a_hub_data_set_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch) -
     rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features)
     hub = datasets.DatasetDict({"train": rows, "dev": rows, "test_easy": rows})
     monkeypatch.setattr(datasets, "load_dataset", lambda name, subset: hub)
-    loaded, splits = load_task(task("owner/name", test="test_easy"), seed=0)
+    loaded, splits = load(task("owner/name", test="test_easy"), seed=0)
     assert loaded.labels.names == ("no", "yes")
     assert set(splits) == {"train", "validation", "test"}
     with pytest.raises(DataError, match=r"owner/name has no split 'tset_easy'. Did you mean 'test_easy'\?"):

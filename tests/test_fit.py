@@ -95,9 +95,9 @@ def test_a_run_folder_holds_all_that_the_run_was(make: Make, adapter: Any, head:
     folder = run.folder
     assert folder.phase == "finished"
     assert yaml.safe_load(folder.recipe.read_text())["task"]["text_columns"] == ["text"]
-    assert folder.read("labels")["names"] == ["cold", "warm"]
+    assert folder.read("task")["names"] == ["cold", "warm"]
     metrics = folder.read("metrics")
-    assert set(metrics["test"]) == {"accuracy", "macro_f1", "f1"}
+    assert set(metrics["test"]) == {"accuracy", "macro_f1", "f1", "matthews", "auroc", "loss", "score"}
     assert (metrics["parameters"]["share"] == 1.0) == (adapter is None)
     assert {"python", "torch", "transformers", "peft", "pelton", "platform"} <= set(folder.read("environment"))
     history = [json.loads(line) for line in folder.history.read_text().splitlines()]
@@ -118,7 +118,7 @@ def test_a_loaded_run_says_what_the_trained_one_says(make: Make, adapter: Any) -
     run = fit(make(adapter))
     loaded = Run.load(run.folder.path)
     texts = [(row["text"],) for row in sentences(9)]
-    np.testing.assert_allclose(loaded.logits(texts), run.logits(texts), atol=1e-6)
+    np.testing.assert_allclose(loaded.outputs(texts), run.outputs(texts), atol=1e-6)
     assert loaded.evaluate(loaded.examples()) == run.folder.read("metrics")["test"]
     found = loaded.predict(texts)
     assert [one.texts for one in found] == texts
@@ -130,9 +130,9 @@ def test_a_loaded_run_says_what_the_trained_one_says(make: Make, adapter: Any) -
 def test_the_order_and_number_of_texts_change_no_prediction(make: Make) -> None:
     run = fit(make())
     texts = [(row["text"],) for row in sentences(11)]
-    together = run.logits(texts)
-    np.testing.assert_allclose(run.logits(texts[::-1])[::-1], together, atol=1e-6)
-    np.testing.assert_allclose(np.concatenate([run.logits([text]) for text in texts]), together, atol=1e-6)
+    together = run.outputs(texts)
+    np.testing.assert_allclose(run.outputs(texts[::-1])[::-1], together, atol=1e-6)
+    np.testing.assert_allclose(np.concatenate([run.outputs([text]) for text in texts]), together, atol=1e-6)
 
 
 def test_it_learns(make: Make) -> None:
@@ -181,8 +181,15 @@ def test_a_run_can_be_interrupted_again_and_again(make: Make) -> None:
 
 
 def test_ctrl_c_while_evaluating_costs_no_training(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluate = Run.evaluate
+
+    def crash_when_trained(run: Run, *arguments: Any) -> dict[str, float]:
+        if run.folder.phase == "trained":
+            raise KeyboardInterrupt
+        return evaluate(run, *arguments)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "evaluate", crash)
+        patch.setattr(Run, "evaluate", crash_when_trained)
         with pytest.raises(Interrupted) as stopped:
             fit(make())
         with pytest.raises(Interrupted):
@@ -368,7 +375,7 @@ def test_what_the_data_cannot_give(make: Make, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="early_stopping_patience needs validation rows"):
         fit(make(early_stopping_patience=2, task={"validation_fraction": 0.0}))
     write_jsonl(tmp_path / "data" / "train.jsonl", [*sentences(8), {"text": "so so", "label": "mild"}])
-    with pytest.raises(RecipeError, match="f1 needs two classes, but got 3"):
+    with pytest.raises(RecipeError, match="'f1' is no metric of this task. Metrics: score, accuracy, macro_f1, loss"):
         fit(make(metric_for_best="f1"))
 
 

@@ -81,14 +81,13 @@ def predict(
     if len(pair or text or []) != len(text or []):
         raise typer.BadParameter("give one --pair for each --text")
     from pelton.cli import show
+    from pelton.tasks.tables import read_table
     from pelton.training.run import Run
 
     trained = Run.load(run)
-    if file is not None:
-        texts = trained.task.read_texts(file)
-    else:
-        texts = list(zip(*(field for field in (text, pair) if field), strict=True))
-    show.predictions(trained.predict(texts), output)
+    task = trained.task
+    inputs = task.check_inputs(read_table(file)) if file is not None else task.from_texts(text or [], pair)
+    show.predictions(trained.predict(inputs), output)
 
 
 @app.command(name="eval")
@@ -98,10 +97,11 @@ def evaluate(
 ) -> None:
     """Compute a run's metrics; prints JSON."""
     from pelton.cli import show
+    from pelton.tasks.tables import read_table
     from pelton.training.run import Run
 
     trained = Run.load(run)
-    show.metrics(trained.evaluate(trained.examples() if data is None else trained.task.read(data)))
+    show.metrics(trained.evaluate(trained.examples() if data is None else trained.task.check(read_table(data))))
 
 
 @app.command()

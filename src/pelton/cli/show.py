@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.style import Style
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
     from pelton.anatomy import Anatomy, Block
     from pelton.training.folder import RunFolder
-    from pelton.training.run import Prediction
 
 # viridis from 0 to 1, as in the picture.
+PLAIN = ("loss", "perplexity", "rmse")
 RAMP = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725")
 
 
@@ -32,10 +32,9 @@ def result(folder: RunFolder) -> None:
     from pelton.insight.gates import gate_table
 
     console, values = Console(), folder.read("metrics")
-    for split in ("validation", "test"):
+    for split in ("validation", "test", "test_mismatched"):
         if split in values:
-            scores = "  ".join(f"{name} {value:.2%}" for name, value in values[split].items())
-            console.print(f"{split:<11}{scores}", highlight=False)
+            console.print(f"{split:<11}{_scores(values[split])}", highlight=False)
     counts = values["parameters"]
     share = f"{counts['share']:.2%} ({counts['trainable']:,} of {counts['total']:,} parameters)"
     console.print(f"{'trainable':<11}{share}", highlight=False)
@@ -43,6 +42,12 @@ def result(folder: RunFolder) -> None:
         console.print()
         gates(gate_table(folder.path), brief=True)
     console.print(f"\n{'run':<11}{folder.path}", highlight=False, soft_wrap=True)
+
+
+def _scores(values: Mapping[str, float]) -> str:
+    """Writes shares as percentages, and what is no share (losses, perplexity, errors in the data's units) as it is."""
+    shown = {name: value for name, value in values.items() if name != "score"}
+    return "  ".join(f"{name} {value:.4g}" if name in PLAIN else f"{name} {value:.2%}" for name, value in shown.items())
 
 
 def gates(table: pd.DataFrame, *, brief: bool = False) -> None:
@@ -63,7 +68,7 @@ def gates(table: pd.DataFrame, *, brief: bool = False) -> None:
     Console().print(grid)
 
 
-def predictions(found: Iterable[Prediction], output: Path | None) -> None:
+def predictions(found: Iterable[Any], output: Path | None) -> None:
     """Prints predictions as JSON lines, or writes them to a file."""
     lines = "".join(json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in found)
     if output is None:

@@ -1,54 +1,94 @@
-"""Text and text-pair classification: examples that were checked before any training starts."""
+"""Text and text-pair classification."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal, Self
 
 import datasets
+import numpy as np
+from pydantic import model_validator
 
-from pelton.errors import DataError
-from pelton.tasks.columns import Columns, find_columns
+from pelton.tasks.base import Collator, Examples, Task
 from pelton.tasks.labels import Labels, find_labels
-from pelton.tasks.sampling import few_shot, hold_back
-from pelton.tasks.settings import TaskSettings
-from pelton.tasks.splits import load_splits
-from pelton.tasks.tables import Table, read_table
+from pelton.tasks.metrics import binary_metrics, classification_metrics, softmax
+from pelton.tasks.settings import TextSettings
+from pelton.tasks.tables import Table
+from pelton.tasks.texts import Texts, check_texts, columns_of, resolve_columns, tokenise, typed_texts
+
+
+class ClassificationSettings(TextSettings):
+    """One of several classes for a text or a pair of texts.
+
+    Attributes:
+        head: `pooler` is transformers' own sequence classifier; `mean` averages the last hidden states.
+        head_init: What the head starts from: `random` weights, or (with `mean`) the `class_means` of the training
+            examples.
+    """
+
+    kind: Literal["text-classification"] = "text-classification"
+    score: tuple[str, ...] = ("accuracy",)
+    head: Literal["pooler", "mean"] = "pooler"
+    head_init: Literal["random", "class_means"] = "random"
+
+    @model_validator(mode="after")
+    def _means_need_the_mean(self) -> Self:
+        if self.head_init == "class_means" and self.head != "mean":
+            raise ValueError(f"head_init class_means needs head mean, but got head {self.head}")
+        return self
 
 
 @dataclass(frozen=True)
-class Examples:
-    """Checked rows: one or two texts each, and the ids of their classes."""
+class ClassPrediction:
+    """What a model says about one example: the likeliest class, and every class's probability."""
 
-    texts: list[tuple[str, ...]]
-    labels: list[int]
-
-    def __len__(self) -> int:
-        """Returns the number of examples."""
-        return len(self.texts)
-
-    def take(self, rows: Sequence[int]) -> Examples:
-        """Returns some of the examples."""
-        return Examples([self.texts[row] for row in rows], [self.labels[row] for row in rows])
+    texts: Texts
+    label: str
+    probabilities: dict[str, float]
 
 
 @dataclass(frozen=True)
-class TextClassification:
-    """A task without its rows: enough to read, check and encode more of them."""
+class TextClassification(Task[ClassificationSettings]):
+    """Texts with one class each."""
 
-    columns: Columns
     labels: Labels
-    max_length: int
 
-    def read(self, path: Path) -> Examples:
-        """Reads labelled examples from a file with the task's columns and classes."""
-        return self.check(read_table(path))
+    peft_type: ClassVar[str | None] = None
 
-    def read_texts(self, path: Path) -> list[tuple[str, ...]]:
-        """Reads texts alone, for prediction."""
-        return check_texts(read_table(path), self.columns.texts)
+    @classmethod
+    def plan(cls, settings: ClassificationSettings, table: Table) -> Self:
+        """Finds the columns, and the classes of the training rows."""
+        settings = resolve_columns(settings, table)
+        return cls(settings, find_labels(table, columns_of(settings).label))
+
+    @classmethod
+    def restore(cls, settings: ClassificationSettings, stored: Mapping[str, Any]) -> Self:
+        """Rebuilds the task with a run's classes."""
+        columns_of(settings)
+        return cls(settings, Labels(tuple(stored["names"]), stored["ids"]))
+
+    def stored(self) -> dict[str, Any]:
+        """Returns the classes."""
+        return {"names": self.labels.names, "ids": self.labels.ids}
+
+    @property
+    def model_class(self) -> Any:
+        """The classifier of transformers, or mean pooling."""
+        from transformers import AutoModelForSequenceClassification
+
+        from pelton.tasks.heads import MeanPoolingClassifier
+
+        return MeanPoolingClassifier if self.settings.head == "mean" else AutoModelForSequenceClassification
+
+    def model_options(self) -> dict[str, Any]:
+        """Returns the classes."""
+        return self.labels.model_options()
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """Accuracy, macro F1 and loss; with two classes F1, Matthews and the area under the curve."""
+        return ("accuracy", "macro_f1", *(("f1", "matthews", "auroc") if len(self.labels) == 2 else ()), "loss")
 
     def check(self, table: Table) -> Examples:
         """Turns a table into examples.
@@ -56,50 +96,51 @@ class TextClassification:
         Raises:
             DataError: a column is missing, a text is empty, a label is unseen, or there are no rows.
         """
-        return Examples(check_texts(table, self.columns.texts), self.labels.encode(table, self.columns.label))
+        columns = columns_of(self.settings)
+        return Examples(list(check_texts(table, columns.texts)), self.labels.encode(table, columns.label))
 
-    def encode(self, texts: Sequence[tuple[str, ...]], tokenizer: Any, labels: Sequence[int] | None = None) -> Any:
-        """Tokenises texts into a `datasets.Dataset`; padding is left to the collator."""
-        fields = [list(field) for field in zip(*texts, strict=True)]
-        encoded = dict(tokenizer(*fields, truncation=True, max_length=self.max_length))
-        if labels is not None:
-            encoded["labels"] = list(labels)
-        return datasets.Dataset.from_dict(encoded)
+    def check_inputs(self, table: Table) -> list[Texts]:
+        """Reads texts alone, for prediction."""
+        return check_texts(table, columns_of(self.settings).texts)
 
+    def from_texts(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Texts]:
+        """One text an example, or two."""
+        return typed_texts(self.settings, texts, pairs)
 
-def load_task(settings: TaskSettings, seed: int) -> tuple[TextClassification, dict[str, Examples]]:
-    """Reads and checks all splits; holds validation rows back, then draws the few shots from what stays.
+    def strata(self, examples: Examples) -> list[Hashable]:
+        """Returns the classes."""
+        return list(examples.targets)
 
-    Args:
-        settings: What the recipe says.
-        seed: Chooses the held-back rows and the shots.
+    def start(self, model: Any, batches: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
+        """Starts the head from class means where the recipe asks for it."""
+        if self.settings.head_init == "class_means":
+            model.start_from_class_means(batches())
 
-    Returns:
-        The task, and the examples of `train`, of `validation` where there is one, and of `test` where there is one.
-    """
-    tables = load_splits(settings)
-    columns = find_columns(tables["train"], settings.text_columns, settings.label_column)
-    task = TextClassification(columns, find_labels(tables["train"], columns.label), settings.max_length)
-    splits = {split: task.check(table) for split, table in tables.items()}
-    if "validation" not in splits:
-        kept, held = hold_back(splits["train"].labels, settings.validation_fraction, seed)
-        if held:
-            splits["validation"] = splits["train"].take(held)
-            splits["train"] = splits["train"].take(kept)
-    if settings.shots is not None:
-        splits["train"] = splits["train"].take(few_shot(splits["train"].labels, settings.shots, seed))
-    return task, splits
+    def encode(self, inputs: Sequence[Texts], processor: Any, targets: Sequence[int] | None = None) -> Any:
+        """Tokenises texts."""
+        encoded = tokenise(inputs, processor, self.settings)
+        return datasets.Dataset.from_dict(encoded if targets is None else {**encoded, "labels": list(targets)})
 
+    def collator(self, processor: Any) -> Collator:
+        """Pads to the longest text of a batch."""
+        from transformers import DataCollatorWithPadding
 
-def check_texts(table: Table, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """Returns the texts of a table; one that is empty or no text is an error that names its cell."""
-    if not len(table):
-        raise DataError(f"{table.name} is empty: expected at least one row.")
-    for column in columns:
-        for row, text in enumerate(table.column(column)):
-            if not isinstance(text, str):
-                what = "nothing" if text is None else f"{type(text).__name__} {text!r}"
-                raise DataError(f"{table.where(row, column)}: expected a text, but got {what}.")
-            if not text.strip():
-                raise DataError(f"{table.where(row, column)}: the text is empty. Remove the row or fill it in.")
-    return list(zip(*(table.columns[column] for column in columns), strict=True))
+        return DataCollatorWithPadding(processor)  # type: ignore[no-any-return]
+
+    def outputs(self, model: Any, batch: Mapping[str, Any]) -> list[Any]:
+        """Returns logits [classes] for each row."""
+        return list(model(**batch).logits.float().cpu().numpy())
+
+    def evaluate(self, examples: Examples, features: Any, outputs: Sequence[Any]) -> dict[str, float]:
+        """Computes the metrics of `metrics`."""
+        logits, labels = np.asarray(outputs), np.asarray(examples.targets)
+        values = classification_metrics(logits, labels)
+        return {**values, **(binary_metrics(logits, labels) if len(self.labels) == 2 else {})}
+
+    def predict(self, inputs: Sequence[Texts], features: Any, outputs: Sequence[Any]) -> list[ClassPrediction]:
+        """Returns the classes by probability."""
+        names = self.labels.names
+        return [
+            ClassPrediction(tuple(texts), names[int(row.argmax())], dict(zip(names, row.tolist(), strict=True)))
+            for texts, row in zip(inputs, softmax(np.asarray(outputs)), strict=True)
+        ]

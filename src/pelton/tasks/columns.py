@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pelton.errors import DataError
@@ -34,9 +35,9 @@ def find_columns(table: Table, texts: tuple[str, ...] | None, label: str | None)
     Raises:
         DataError: a named column does not exist, or none of the usual names does.
     """
-    for name in (*(texts or ()), *((label,) if label else ())):
+    for name in texts or ():
         table.column(name)
-    label = label or _find_label(table)
+    label = pick_column(table, label, LABELS, "task.label_column", "the label")
     return Columns(texts or find_texts(table, label), label)
 
 
@@ -51,11 +52,19 @@ def find_texts(table: Table, label: str | None) -> tuple[str, ...]:
     raise DataError(f"{table.name}: which column is the text? Set task.text_columns to one or two of {_list(table)}.")
 
 
-def _find_label(table: Table) -> str:
-    for name in LABELS:
+def pick_column(table: Table, named: str | None, usual: Sequence[str], key: str, what: str) -> str:
+    """Takes the column that was named, else the first of the usual names that exists.
+
+    Raises:
+        DataError: the column does not exist; `key` is what to set, `what` what the column holds.
+    """
+    if named is not None:
+        table.column(named)
+        return named
+    for name in usual:
         if name in table.columns:
             return name
-    raise DataError(f"{table.name}: which column is the label? Set task.label_column to one of {_list(table)}.")
+    raise DataError(f"{table.name}: which column holds {what}? Set {key} to one of {_list(table)}.")
 
 
 def _list(table: Table) -> str:

@@ -57,17 +57,23 @@ class MeanPoolingClassifier(PreTrainedModel):  # type: ignore[misc]
         Args:
             input_ids: [B, T].
             attention_mask: [B, T], 1 for tokens and 0 for padding; all ones when None.
-            labels: [B] ids of classes; the loss is their mean cross-entropy.
+            labels: [B] ids of classes, judged by their mean cross-entropy; or numbers, by their mean squared error,
+                where the config's `problem_type` is "regression".
             **inputs: What else the encoder takes (`token_type_ids`, `inputs_embeds`, `output_attentions` …).
         """
         inputs["return_dict"] = True
         encoded = self.backbone(input_ids=input_ids, attention_mask=attention_mask, **inputs)
         pooled = mean_pool(encoded.last_hidden_state, attention_mask)  # [B, D]
         logits = self.classifier(self.dropout(pooled))  # [B, C]
-        loss = None if labels is None else nn.functional.cross_entropy(logits.float(), labels)
+        loss = None if labels is None else self._loss(logits.float(), labels)
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=encoded.get("hidden_states"), attentions=encoded.get("attentions")
         )
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if self.config.problem_type == "regression":
+            return nn.functional.mse_loss(logits.squeeze(-1), labels.to(logits.dtype))
+        return nn.functional.cross_entropy(logits, labels)
 
     @torch.no_grad()
     def start_from_class_means(self, batches: Iterable[Mapping[str, Tensor]]) -> None:

@@ -26,6 +26,17 @@ class Labels:
         """Returns the number of classes."""
         return len(self.names)
 
+    @property
+    def bio(self) -> bool:
+        """Whether the classes are tags of entities: O, B-TYPE and I-TYPE."""
+        marked = [name for name in self.names if name != "O"]
+        return bool(marked) and all(name[:2] in ("B-", "I-") and len(name) > 2 for name in marked)
+
+    def model_options(self) -> dict[str, Any]:
+        """Returns what a model's config says about its classes."""
+        names = dict(enumerate(self.names))
+        return {"num_labels": len(self), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+
     @cached_property
     def _index(self) -> dict[str, int]:
         return {name: index for index, name in enumerate(self.names)}
@@ -45,11 +56,12 @@ class Labels:
         for row, value in enumerate(table.column(column)):
             index = self.find(value)
             if index is None:
-                raise DataError(f"{table.where(row, column)}: {self._explain(value)}")
+                raise DataError(f"{table.where(row, column)}: {self.explain(value)}")
             found.append(index)
         return found
 
-    def _explain(self, value: Any) -> str:
+    def explain(self, value: Any) -> str:
+        """Says why a value is none of the classes, and which it may have meant."""
         if value is None or value == "":
             return "the label is missing."
         if value == -1:

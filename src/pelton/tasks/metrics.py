@@ -1,24 +1,88 @@
-"""How good predictions are."""
+"""How good predictions are, by scikit-learn, SciPy and seqeval."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
-from sklearn.metrics import accuracy_score, f1_score
+from scipy.special import log_softmax
+from scipy.stats import pearsonr, spearmanr
+from seqeval.metrics import f1_score as entity_f1
+from seqeval.metrics import precision_score as entity_precision
+from seqeval.metrics import recall_score as entity_recall
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef, roc_auc_score
+
+
+def softmax(logits: NDArray[np.floating]) -> NDArray[np.floating]:
+    """Returns probabilities [B, classes]."""
+    return np.exp(log_softmax(logits, axis=-1))  # type: ignore[no-any-return]
 
 
 def classification_metrics(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> dict[str, float]:
-    """Returns accuracy and macro F1, and with two classes the F1 of class 1.
+    """Returns accuracy, macro F1 and mean cross-entropy.
 
     Args:
         logits: [B, classes].
         labels: [B].
     """
     predicted = logits.argmax(axis=-1)
-    scores = {
-        "accuracy": accuracy_score(labels, predicted),
-        "macro_f1": f1_score(labels, predicted, average="macro", zero_division=0.0),
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
+        "loss": cross_entropy(logits, labels),
     }
-    if logits.shape[-1] == 2:
-        scores["f1"] = f1_score(labels, predicted, average="binary", zero_division=0.0)
-    return {name: float(score) for name, score in scores.items()}
+
+
+def binary_metrics(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> dict[str, float]:
+    """Returns what two classes have: F1 of class 1, Matthews correlation, area under the ROC curve.
+
+    The area needs no threshold; where only one class occurs it does not exist, and is NaN.
+    """
+    predicted = logits.argmax(axis=-1)
+    both = np.unique(labels).size == 2
+    return {
+        "f1": float(f1_score(labels, predicted, average="binary", zero_division=0.0)),
+        "matthews": float(matthews_corrcoef(labels, predicted)),
+        "auroc": float(roc_auc_score(labels, logits[:, 1] - logits[:, 0])) if both else float("nan"),
+    }
+
+
+def regression_metrics(values: NDArray[np.floating], targets: NDArray[np.floating]) -> dict[str, float]:
+    """Returns Pearson's and Spearman's correlations and the root mean squared error.
+
+    A correlation with constant predictions (or targets) does not exist; it counts as 0.
+    """
+    constant = np.ptp(values) == 0 or np.ptp(targets) == 0
+    return {
+        "pearson": 0.0 if constant else float(pearsonr(values, targets).statistic),
+        "spearman": 0.0 if constant else float(spearmanr(values, targets).statistic),
+        "rmse": float(np.sqrt(np.mean((values - targets) ** 2))),
+    }
+
+
+def cross_entropy(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
+    """Returns the mean negative log-likelihood of labels [B] under logits [B, classes], in nats."""
+    return float(-log_softmax(logits.astype(np.float64), axis=-1)[np.arange(len(labels)), labels].mean())
+
+
+def tag_metrics(true: Sequence[Sequence[str]], predicted: Sequence[Sequence[str]], entities: bool) -> dict[str, float]:
+    """Returns the scores of tags, one list a sentence.
+
+    Args:
+        true: The right tags.
+        predicted: The model's, as many.
+        entities: Whether tags mark entities, which are scored as conlleval does (micro F1 over whole entities).
+    """
+    flat_true = [tag for tags in true for tag in tags]
+    flat = [tag for tags in predicted for tag in tags]
+    accuracy = {"accuracy": float(accuracy_score(flat_true, flat))}
+    if not entities:
+        return {"macro_f1": float(f1_score(flat_true, flat, average="macro", zero_division=0.0)), **accuracy}
+    both = [list(map(list, true)), list(map(list, predicted))]
+    return {
+        "f1": float(entity_f1(*both, zero_division=0)),
+        "precision": float(entity_precision(*both, zero_division=0)),
+        "recall": float(entity_recall(*both, zero_division=0)),
+        **accuracy,
+    }

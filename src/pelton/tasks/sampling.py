@@ -1,30 +1,51 @@
-"""Few examples a class, and validation rows held back from training: seeded, the same on every machine."""
+"""Few examples a class or in all; validation rows held back from training: seeded, the same on every machine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from random import Random
 
-
-def few_shot(labels: Sequence[int], shots: int, seed: int) -> list[int]:
-    """Returns the rows of `shots` random examples of each class (all of a class that has fewer)."""
-    taken: dict[int, int] = {}
-    chosen = []
-    for row in _shuffled(len(labels), seed):
-        taken[labels[row]] = taken.get(labels[row], 0) + 1
-        if taken[labels[row]] <= shots:
-            chosen.append(row)
-    return sorted(chosen)
+from pelton.errors import DataError
 
 
-def hold_back(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
-    """Splits rows into those that stay and a `fraction` that is held back, in the same proportions of classes.
+def few_shot(classes: Sequence[Hashable], shots: int, seed: int, names: Sequence[str] | None = None) -> list[int]:
+    """Returns the rows of `shots` random examples of each class.
+
+    Raises:
+        DataError: a class has fewer examples; `names` says what classes are called, by their number.
+    """
+    taken: dict[Hashable, list[int]] = {}
+    for row in _shuffled(len(classes), seed):
+        taken.setdefault(classes[row], []).append(row)
+    for key, rows in sorted(taken.items(), key=lambda item: str(item[0])):
+        if len(rows) < shots:
+            name = names[key] if names is not None and isinstance(key, int) else key
+            raise DataError(
+                f"task.shots asks for {shots} training examples of each class, but class {name!r} has {len(rows)}. "
+                "Lower task.shots, or hold fewer rows back."
+            )
+    return sorted(row for rows in taken.values() for row in rows[:shots])
+
+
+def stratified(classes: Sequence[Hashable], count: int, seed: int) -> list[int]:
+    """Returns `count` random rows in the proportions of the classes.
 
     Systematic sampling: rows are shuffled, grouped by class, and taken at even distances.
+
+    Raises:
+        DataError: there are fewer rows.
     """
-    rows = sorted(_shuffled(len(labels), seed), key=lambda row: labels[row])
-    held = {row for place, row in enumerate(rows) if int((place + 1) * fraction) > int(place * fraction)}
-    return [row for row in range(len(labels)) if row not in held], sorted(held)
+    if count > len(classes):
+        raise DataError(f"Expected at least {count} rows to draw from, but got {len(classes)}. Ask for fewer.")
+    rows = sorted(_shuffled(len(classes), seed), key=lambda row: str(classes[row]))
+    places = {(2 * i + 1) * len(rows) // (2 * count) for i in range(count)}
+    return sorted(rows[place] for place in places)
+
+
+def hold_back(classes: Sequence[Hashable], count: int, seed: int) -> tuple[list[int], list[int]]:
+    """Splits rows into those that stay and `count` that are held back, in the same proportions of classes."""
+    held = set(stratified(classes, count, seed)) if count else set()
+    return [row for row in range(len(classes)) if row not in held], sorted(held)
 
 
 def _shuffled(count: int, seed: int) -> list[int]:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModel, PreTrainedModel
 from transformers.utils import logging
 
 from pelton.errors import RecipeError, nearest
 from pelton.methods import METHODS
+from pelton.tasks.base import Task
 from pelton.tasks.heads import MeanPoolingClassifier
-from pelton.tasks.labels import Labels
-from pelton.training.recipe import AdapterSettings, Recipe
+from pelton.training.recipe import AdapterSettings
 from pelton.tuner.config import PeltonConfig
 
 PREFIX = "pkg:"
@@ -64,16 +64,16 @@ def locate(backbone: str) -> str:
     return str(folder)
 
 
-def load_tokenizer(backbone: str) -> Any:
-    """Loads the backbone's tokenizer; one without padding pads with its end of text."""
-    tokenizer = _load(AutoTokenizer, backbone)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
+def load_processor(backbone: str, task: Task[Any]) -> Any:
+    """Loads the tokenizer (or image processor) that a task wants; a tokenizer without padding pads with its end."""
+    processor = task.load_processor(lambda kind, **options: _load(kind, backbone, **options))
+    if getattr(processor, "pad_token", "") is None:
+        processor.pad_token = processor.eos_token
+    return processor
 
 
-def load_backbone(recipe: Recipe, labels: Labels, tokenizer: Any) -> tuple[PreTrainedModel, list[str]]:
-    """Loads the pretrained weights under a new head, in float32.
+def load_backbone(backbone: str, task: Task[Any], processor: Any) -> tuple[PreTrainedModel, list[str]]:
+    """Loads the pretrained weights under a task's head, in float32.
 
     Returns:
         The model, and the names of its modules that have no pretrained weights and must be trained: the head, and the
@@ -82,27 +82,26 @@ def load_backbone(recipe: Recipe, labels: Labels, tokenizer: Any) -> tuple[PreTr
     Raises:
         RecipeError: the backbone cannot be loaded, or weights are missing from it.
     """
-    names = dict(enumerate(labels.names))
-    classes = {"num_labels": len(labels), "id2label": names, "label2id": {name: i for i, name in names.items()}}
-    kind = AutoModel if recipe.task.head == "mean" else AutoModelForSequenceClassification
-    model, report = _load(kind, recipe.backbone, dtype=torch.float32, output_loading_info=True, **classes)
-    pretrained = "" if kind is AutoModel else f"{model.base_model_prefix}."
+    mean = task.model_class is MeanPoolingClassifier
+    kind = AutoModel if mean else task.model_class
+    model, report = _load(kind, backbone, dtype=torch.float32, output_loading_info=True, **task.model_options())
+    pretrained = "" if mean else f"{model.base_model_prefix}."
+    headless = sorted(key for key in report["missing_keys"] if not key.startswith(pretrained))
     missing = sorted(key for key in report["missing_keys"] if key.startswith(pretrained))
-    strange = [key for key in missing if "pooler." not in key]
+    strange = [key for key in missing if "pooler." not in key] + ([] if task.new_head else headless)
     if strange:
         few = ", ".join(strange[:3])
-        raise RecipeError(f"Backbone {recipe.backbone!r} lacks {len(strange)} of its weights: {few} … Fetch it again.")
-    if kind is AutoModel:  # averages tokens itself: a pooler is of no use to it
+        raise RecipeError(f"Backbone {backbone!r} lacks {len(strange)} of its weights: {few} … Fetch it again.")
+    if mean:  # averages tokens itself: a pooler is of no use to it
         model, missing = MeanPoolingClassifier(model.config, model), []
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
-    return model, head_modules(model) + (["pooler"] if missing else [])
+        model.config.pad_token_id = getattr(processor, "pad_token_id", None)
+    return model, (head_modules(model) if task.new_head else []) + (["pooler"] if missing else [])
 
 
-def load_trained(recipe: Recipe, folder: Path) -> PreTrainedModel:
+def load_trained(task: Task[Any], folder: Path) -> PreTrainedModel:
     """Loads a model whose every weight was trained."""
-    kind = MeanPoolingClassifier if recipe.task.head == "mean" else AutoModelForSequenceClassification
-    return kind.from_pretrained(folder, dtype=torch.float32)
+    return task.model_class.from_pretrained(folder, dtype=torch.float32)
 
 
 def load_skeleton(backbone: str) -> PreTrainedModel:
@@ -112,10 +111,12 @@ def load_skeleton(backbone: str) -> PreTrainedModel:
         return AutoModel.from_config(config)
 
 
-def attach(model: PreTrainedModel, config: PeltonConfig, new: list[str]) -> PeftModel:
+def attach(model: PreTrainedModel, config: PeltonConfig, new: list[str], peft_type: str | None = None) -> PeftModel:
     """Attaches an adapter; `new` modules are trained and saved with it unless the config names other ones."""
     saved = config.modules_to_save if config.modules_to_save is not None else new
-    return get_peft_model(model, dataclasses.replace(config, modules_to_save=saved))
+    config = dataclasses.replace(config, modules_to_save=saved or None)
+    config.task_type = peft_type
+    return get_peft_model(model, config)
 
 
 def head_modules(model: PreTrainedModel) -> list[str]:

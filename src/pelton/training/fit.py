@@ -6,15 +6,17 @@ import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from peft import PeftModel
 from rich.console import Console
-from transformers import DataCollatorWithPadding, EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, TrainerCallback
 
 from pelton.errors import PeltonError, TrainingError
 from pelton.gates.recording import record_gates
-from pelton.tasks.classification import Examples, load_task
+from pelton.tasks.base import Examples
+from pelton.tasks.load import load_task
 from pelton.training.backbone import quiet
 from pelton.training.callbacks import GateWarmup, History, ProgressBar, StopBetweenSteps, StopOnNaN
 from pelton.training.folder import RunFolder
@@ -22,10 +24,11 @@ from pelton.training.loading import dump_recipe, load_recipe
 from pelton.training.prepare import Prepared, environment, prepare
 from pelton.training.recipe import Recipe, TrainingSettings
 from pelton.training.run import Run
-from pelton.training.trainer import GatedTrainer, score
+from pelton.training.trainer import GatedTrainer
 from pelton.tuner.summary import gate_summary
 
 GATE_EXAMPLES = 512
+JUDGED = ("validation", "test", "test_mismatched")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -54,9 +57,9 @@ def fit(recipe: Recipe, *, progress: bool = False, callbacks: Sequence[TrainerCa
     with quiet():
         prepared = prepare(recipe)
         folder = RunFolder.create(Path(recipe.output).expanduser(), recipe.name)
-        labels = prepared.task.labels
         folder.recipe.write_text(dump_recipe(prepared.recipe), encoding="utf-8")
-        folder.write("labels", {"names": labels.names, "ids": labels.ids})
+        folder.write("task", prepared.data.task.stored())
+        folder.write("data", prepared.data.describe())
         folder.write("environment", environment())
         return _complete(folder, prepared, None, progress, callbacks)
 
@@ -74,7 +77,7 @@ def resume(path: Path | str, *, progress: bool = False, callbacks: Sequence[Trai
     with quiet():
         if folder.phase == "trained":
             run = Run.load(folder.path)
-            _, splits = load_task(run.recipe.task, run.recipe.training.seed)
+            splits = load_task(run.recipe.task, run.recipe.training.seed).splits
             with _noting(folder):
                 return _finish(run, splits)
         prepared = prepare(load_recipe(folder.recipe))
@@ -89,11 +92,11 @@ def _complete(
     callbacks: Sequence[TrainerCallback],
 ) -> Run:
     """Trains and finishes a run."""
-    run = Run(folder, prepared.recipe, prepared.task, prepared.tokenizer, prepared.model)
+    run = Run(folder, prepared.recipe, prepared.data.task, prepared.processor, prepared.model)
     folder.set_phase("training")
     with _noting(folder):
-        _train(run, prepared.splits, checkpoint, progress, callbacks)
-        return _finish(run, prepared.splits)
+        _train(run, prepared.data.splits, checkpoint, progress, callbacks)
+        return _finish(run, prepared.data.splits)
 
 
 @contextmanager
@@ -120,15 +123,16 @@ def _train(
 ) -> None:
     """Runs the trainer, and saves what it trained."""
     settings, folder = run.recipe.training, run.folder
-    encoded = {s: run.task.encode(e.texts, run.tokenizer, e.labels) for s, e in splits.items() if s != "test"}
+    examples, held = splits["train"], splits.get("validation")
+    validation = None if held is None else run.task.encode(held.inputs, run.processor)
     trainer = GatedTrainer(
         settings,
         folder,
+        None if held is None else partial(run.evaluate, held, validation),
         model=run.model,
-        train_dataset=encoded["train"],
-        eval_dataset=encoded.get("validation"),
-        data_collator=DataCollatorWithPadding(run.tokenizer),
-        compute_metrics=score,
+        train_dataset=run.task.encode(examples.inputs, run.processor, examples.targets),
+        eval_dataset=validation,
+        data_collator=run.task.collator(run.processor),
     )
     stop, bar = StopBetweenSteps(), ProgressBar(Console(stderr=True))
     own = _callbacks(settings, trainer, stop)
@@ -140,6 +144,7 @@ def _train(
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     finally:
         bar.close()
+        trainer.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)  # a forward without its autocast
     if not stop.stopped:
         _save(run, trainer, time.perf_counter() - started)
     if stop.asked:
@@ -177,7 +182,7 @@ def _save(run: Run, trainer: GatedTrainer, seconds: float) -> None:
 def _finish(run: Run, splits: Mapping[str, Examples]) -> Run:
     """Evaluates a trained run, and records its gates."""
     metrics = run.folder.read("metrics")
-    for split in ("validation", "test"):
+    for split in JUDGED:
         if split in splits:
             metrics[split] = run.evaluate(splits[split])
     run.folder.write("metrics", metrics)
@@ -190,7 +195,7 @@ def _finish(run: Run, splits: Mapping[str, Examples]) -> Run:
 def _record_gates(run: Run, examples: Examples) -> None:
     """Writes gate values on the first examples, and their means by block."""
     with record_gates(run.model) as log:
-        run.logits(examples.texts[:GATE_EXAMPLES], sort=False)
+        run.outputs(examples.inputs[:GATE_EXAMPLES], sort=False)
     frame = log.to_frame()
     frame.to_parquet(run.folder.gate_values, index=False)
     run.folder.write("gates", json.loads(gate_summary(run.model, frame).to_json(orient="records")))

@@ -1,7 +1,8 @@
 """The files of a run.
 
 recipe.yaml        the resolved recipe: every default, absolute paths, the columns that were found
-labels.json        names of the classes
+task.json          what the task found in the data: its classes, or its scale
+data.json          how many examples each split has, which rows were drawn, what was changed or left out
 adapter/           what was trained (model/ when the whole backbone was)
 metrics.json       scores, trainable share, steps, seconds
 history.jsonl      one line per logged step or evaluation

@@ -12,6 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pelton.errors import RecipeError, nearest, unknown
+from pelton.tasks.load import TASK_KINDS
 from pelton.training.recipe import Recipe
 
 
@@ -113,24 +114,37 @@ def _position(target: list[Any], text: str, override: str) -> int:
 def _explain(error: ValidationError) -> str:
     """Returns the first mistake in one line: the key, what came, what was expected or the nearest known key."""
     first = error.errors()[0]
-    path = [str(part) for part in first["loc"]]
+    path = _keys(first["loc"])
     key = ".".join(path)
     if first["type"] == "extra_forbidden":
-        known = list(_section(path[:-1]).model_fields)
+        known = list(_section(first["loc"][:-1]).model_fields)
         guess = nearest(path[-1], known)
         hint = f" Did you mean {'.'.join([*path[:-1], guess])!r}?" if guess else ""
         return f"unknown key {key!r}.{hint} Known: {', '.join(known)}."
+    if first["type"] == "union_tag_invalid":
+        return str(unknown("task.kind", first["ctx"]["tag"], TASK_KINDS))
     if first["type"] == "missing":
         return f"{key!r} is missing. Set it in the file or with --set {key}=VALUE."
     law = first["msg"].removeprefix("Value error, ")
     return f"{key}: {law[0].lower()}{law[1:]}, but got {first['input']!r}."
 
 
-def _section(path: Sequence[str]) -> type[BaseModel]:
+def _keys(places: Sequence[int | str]) -> list[str]:
+    """Returns the keys as they are written; pydantic puts the kind of a task between `task` and its keys."""
+    return [str(part) for place, part in enumerate(places) if not (place == 1 and part in TASK_KINDS)]
+
+
+def _section(places: Sequence[int | str]) -> type[BaseModel]:
     """Returns the model of a section such as `training`."""
     model: type[BaseModel] = Recipe
-    for part in path:
-        annotation = model.model_fields[part].annotation
-        options = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    for part in places:
+        if part in TASK_KINDS:
+            model = TASK_KINDS[str(part)]
+            continue
+        options = _options(model.model_fields[str(part)].annotation)
         model = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
     return model
+
+
+def _options(annotation: Any) -> tuple[Any, ...]:
+    return get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import DataCollatorWithPadding
 
 from pelton.errors import RecipeError
-from pelton.tasks.classification import Examples, TextClassification, load_task
-from pelton.training.backbone import adapter_config, attach, load_backbone, load_tokenizer, locate
+from pelton.tasks.base import Task
+from pelton.tasks.load import Loaded, load_task
+from pelton.training.backbone import adapter_config, attach, load_backbone, load_processor, locate
 from pelton.training.recipe import Recipe, TrainingSettings
 from pelton.version import __version__
 
@@ -27,9 +28,8 @@ class Prepared:
     """All that a recipe names, found, loaded and checked."""
 
     recipe: Recipe
-    task: TextClassification
-    splits: Mapping[str, Examples]
-    tokenizer: Any
+    data: Loaded
+    processor: Any
     model: Any
 
 
@@ -41,29 +41,35 @@ def prepare(recipe: Recipe) -> Prepared:
             f"Recipe {recipe.name} needs data: --set task.data=DIR with train, validation and test files."
         )
     locate(recipe.backbone)
-    task, splits = load_task(recipe.task, recipe.training.seed)
-    _require_feasible(recipe.training, task, splits)
-    recipe = _resolve(recipe, task)
+    data = load_task(recipe.task, recipe.training.seed)
+    require_feasible(recipe.training, data)
+    recipe = _resolve(recipe, data.task)
     transformers.set_seed(recipe.training.seed)
-    tokenizer = load_tokenizer(recipe.backbone)
-    model, new = load_backbone(recipe, task.labels, tokenizer)
-    if recipe.task.head_init == "class_means":
-        rows = task.encode(splits["train"].texts, tokenizer, splits["train"].labels)
-        collate, size = DataCollatorWithPadding(tokenizer), recipe.training.eval_batch_size
-        model.start_from_class_means(
-            collate([rows[i] for i in range(start, min(start + size, len(rows)))])
-            for start in range(0, len(rows), size)
-        )
+    processor = load_processor(recipe.backbone, data.task)
+    model, new = load_backbone(recipe.backbone, data.task, processor)
+    data.task.start(model, partial(_batches, data, processor, recipe.training.eval_batch_size))
     if config is not None:
-        model = attach(model, config, new)
-    return Prepared(recipe, task, splits, tokenizer, model)
+        model = attach(model, config, new, data.task.peft_type)
+    return Prepared(recipe, data, processor, model)
 
 
-def _require_feasible(settings: TrainingSettings, task: TextClassification, splits: Mapping[str, Examples]) -> None:
+def _batches(data: Loaded, processor: Any, size: int) -> Iterator[Mapping[str, Any]]:
+    """Encodes and collates the training examples."""
+    task, examples = data.task, data.splits["train"]
+    rows, collate = task.encode(examples.inputs, processor, examples.targets), task.collator(processor)
+    for start in range(0, len(rows), size):
+        yield collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+
+
+def require_feasible(settings: TrainingSettings, data: Loaded) -> None:
     """Raises RecipeError where a recipe asks for what this data or this machine cannot give."""
-    if settings.metric_for_best == "f1" and len(task.labels) != 2:
-        raise RecipeError(f"training.metric_for_best f1 needs two classes, but got {len(task.labels)}. Use macro_f1.")
-    if settings.early_stopping_patience is not None and "validation" not in splits:
+    known = ("score", *data.task.metrics)
+    if settings.metric_for_best not in known:
+        raise RecipeError(
+            f"training.metric_for_best {settings.metric_for_best!r} is no metric of this task. "
+            f"Metrics: {', '.join(known)}."
+        )
+    if settings.early_stopping_patience is not None and "validation" not in data.splits:
         raise RecipeError("training.early_stopping_patience needs validation rows. Raise task.validation_fraction.")
     if settings.precision == "fp16" and not torch.cuda.is_available():
         raise RecipeError("training.precision fp16 needs a GPU, and there is none. Use fp32 or bf16.")
@@ -81,13 +87,9 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _resolve(recipe: Recipe, task: TextClassification) -> Recipe:
+def _resolve(recipe: Recipe, task: Task[Any]) -> Recipe:
     """Writes into a recipe what was found, so that its run can be resumed and used from any folder."""
-    data = Path(str(recipe.task.data)).expanduser()
-    found = {
-        "data": str(data.resolve()) if data.exists() else recipe.task.data,
-        "text_columns": task.columns.texts,
-        "label_column": task.columns.label,
-    }
+    data = Path(str(task.settings.data)).expanduser()
+    found = {"data": str(data.resolve())} if data.exists() else {}
     backbone = recipe.backbone if recipe.backbone.startswith("pkg:") else locate(recipe.backbone)
-    return recipe.model_copy(update={"task": recipe.task.model_copy(update=found), "backbone": backbone})
+    return recipe.model_copy(update={"task": task.settings.model_copy(update=found), "backbone": backbone})

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from pelton.tasks.settings import TaskSettings
+from pelton.tasks.load import AnySettings
 
 Count = Annotated[int, Field(ge=1)]
 Rate = Annotated[float, Field(gt=0.0)]
@@ -58,9 +58,10 @@ class TrainingSettings(_Section):
         warmup_ratio: Share of the steps in which they rise first.
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
         gate_warmup_steps: Steps in which the gates stay at their initial value.
+        evaluate_every: Steps between two evaluations and checkpoints; an epoch when not given.
         early_stopping_patience: Evaluations without a better score after which training ends; never when not given.
         early_stopping_min_delta: By how much a score must be better to count.
-        metric_for_best: The validation score that chooses the checkpoint.
+        metric_for_best: The validation metric that chooses the checkpoint; `score` is the mean of `task.score`.
         seed: Of the sampled examples, the initial weights, the order of the data and dropout.
         group_by_length: Makes batches of examples of like length, which saves padding.
         gradient_checkpointing: Computes activations twice instead of keeping them.
@@ -82,9 +83,10 @@ class TrainingSettings(_Section):
     warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.06
     max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
     gate_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    evaluate_every: Count | None = None
     early_stopping_patience: Count | None = None
     early_stopping_min_delta: Annotated[float, Field(ge=0.0)] = 0.0
-    metric_for_best: Literal["accuracy", "macro_f1", "f1", "loss"] = "accuracy"
+    metric_for_best: str = "score"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     group_by_length: bool = False
     gradient_checkpointing: bool = False
@@ -108,7 +110,15 @@ class Recipe(_Section):
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "run"
     description: str = ""
     backbone: str
-    task: TaskSettings
+    task: AnySettings
     adapter: AdapterSettings | None = AdapterSettings()
     training: TrainingSettings = TrainingSettings()
     output: str = "runs"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual_kind(cls, values: Any) -> Any:
+        """Takes text classification where `task.kind` is not given."""
+        if isinstance(values, dict) and isinstance(values.get("task"), dict):
+            return {**values, "task": {"kind": "text-classification", **values["task"]}}
+        return values

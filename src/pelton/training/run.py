@@ -2,37 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from peft import PeftModel
-from transformers import DataCollatorWithPadding
 
 from pelton.errors import TrainingError
-from pelton.tasks.classification import Examples, TextClassification, load_task
-from pelton.tasks.columns import Columns
-from pelton.tasks.labels import Labels
-from pelton.tasks.metrics import classification_metrics
-from pelton.training.backbone import load_backbone, load_tokenizer, load_trained, quiet
+from pelton.tasks.base import Examples, Task
+from pelton.tasks.load import load_task, restore_task
+from pelton.training.backbone import load_backbone, load_processor, load_trained, quiet
 from pelton.training.folder import RunFolder
+from pelton.training.inference import infer
 from pelton.training.loading import load_recipe
 from pelton.training.recipe import Recipe
-
-Texts = Sequence[tuple[str, ...]]
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What a model says about one example: the likeliest class, and every class's probability."""
-
-    texts: tuple[str, ...]
-    label: str
-    probabilities: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -41,8 +26,8 @@ class Run:
 
     folder: RunFolder
     recipe: Recipe
-    task: TextClassification
-    tokenizer: Any
+    task: Task[Any]
+    processor: Any
     model: Any
 
     @classmethod
@@ -56,76 +41,61 @@ class Run:
         if folder.phase not in ("trained", "finished"):
             raise TrainingError(f"{path} is not finished ({folder.phase}). Go on with: pelton fit --resume {path}")
         recipe = load_recipe(folder.recipe)
-        stored = folder.read("labels")
-        labels = Labels(tuple(stored["names"]), stored["ids"])
+        task = restore_task(recipe.task, folder.read("task"))
         with quiet():
-            tokenizer = load_tokenizer(recipe.backbone)
-            model = _load_model(folder, recipe, labels, tokenizer)
+            processor = load_processor(recipe.backbone, task)
+            model = _load_model(folder, recipe, task, processor)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return cls(folder, recipe, restore_task(recipe, labels), tokenizer, model.to(device))
+        return cls(folder, recipe, task, processor, model.to(device))
 
     def examples(self) -> Examples:
         """Reads the examples that the run was judged by: its test split, else its validation split."""
-        _, splits = load_task(self.recipe.task, self.recipe.training.seed)
+        splits = load_task(self.recipe.task, self.recipe.training.seed).splits
         judged = splits.get("test") or splits.get("validation")
         if judged is None:
             raise TrainingError(f"{self.folder.path} has no test or validation split. Give a labelled file.")
         return judged
 
-    def predict(self, texts: Texts) -> list[Prediction]:
-        """Classifies texts: one tuple an example, of as many texts as the task has columns."""
-        wanted = len(self.task.columns.texts)
-        for example in texts:
-            if len(example) != wanted:
-                columns = ", ".join(self.task.columns.texts)
-                raise TrainingError(
-                    f"An example of this task has {wanted} text(s) ({columns}), but got {len(example)}."
-                )
-        names = self.task.labels.names
-        logits = torch.from_numpy(self.logits(texts))
-        return [
-            Prediction(tuple(example), names[int(row.argmax())], dict(zip(names, row.tolist(), strict=True)))
-            for example, row in zip(texts, logits.softmax(dim=-1), strict=True)
-        ]
-
-    def evaluate(self, examples: Examples) -> dict[str, float]:
-        """Computes the task's metrics on labelled examples."""
-        return classification_metrics(self.logits(examples.texts), np.asarray(examples.labels))
-
-    def logits(self, texts: Texts, *, sort: bool = True) -> NDArray[np.float32]:
-        """Runs the model without gradients and returns its logits [len(texts), classes] in the order of `texts`.
+    def predict(self, inputs: Sequence[Any]) -> list[Any]:
+        """Returns what the model says about each input, as the task's own dataclass.
 
         Args:
-            texts: The examples.
+            inputs: What the task reads: for texts one tuple an example, of as many texts as the task has columns.
+        """
+        features = self.task.encode(inputs, self.processor)
+        return self.task.predict(inputs, features, self._infer(features))
+
+    def evaluate(self, examples: Examples, features: Any = None) -> dict[str, float]:
+        """Computes the task's metrics on labelled examples, and their `score`.
+
+        Args:
+            examples: As `Task.check` gives them.
+            features: What `Task.encode` made of their inputs, where that is at hand.
+        """
+        if features is None:
+            features = self.task.encode(examples.inputs, self.processor)
+        values = self.task.evaluate(examples, features, self._infer(features))
+        return {**values, "score": self.task.score(values)}
+
+    def outputs(self, inputs: Sequence[Any], *, sort: bool = True) -> list[Any]:
+        """Returns what the task keeps of a forward, such as logits, for each feature of the inputs.
+
+        Args:
+            inputs: The examples.
             sort: Batches examples of like length, which saves padding; off where the order of forwards matters.
         """
-        encoded = self.task.encode(texts, self.tokenizer)
-        order = sorted(range(len(texts)), key=lambda i: len(encoded[i]["input_ids"])) if sort else range(len(texts))
-        device = next(self.model.parameters()).device
-        results = np.zeros((len(texts), len(self.task.labels)), dtype=np.float32)
-        self.model.eval()
-        with torch.inference_mode():
-            for rows, batch in self._batches(encoded, order):
-                results[rows] = self.model(**batch.to(device)).logits.float().cpu().numpy()
-        return results
+        return self._infer(self.task.encode(inputs, self.processor), sort=sort)
 
-    def _batches(self, encoded: Any, order: Sequence[int]) -> Iterator[tuple[list[int], Any]]:
-        collate, size = DataCollatorWithPadding(self.tokenizer), self.recipe.training.eval_batch_size
-        for start in range(0, len(order), size):
-            rows = list(order[start : start + size])
-            yield rows, collate([encoded[row] for row in rows])
+    def _infer(self, features: Any, sort: bool = True) -> list[Any]:
+        return infer(self.model, self.task, features, self.processor, sort=sort, **self._options())
+
+    def _options(self) -> dict[str, Any]:
+        settings = self.recipe.training
+        return {"batch_size": settings.eval_batch_size, "precision": settings.precision}
 
 
-def restore_task(recipe: Recipe, labels: Labels) -> TextClassification:
-    """Rebuilds a task from a resolved recipe, which holds the columns that were found."""
-    settings = recipe.task
-    if settings.text_columns is None or settings.label_column is None:
-        raise TrainingError("The run's recipe.yaml lacks task.text_columns or task.label_column. Was it edited?")
-    return TextClassification(Columns(settings.text_columns, settings.label_column), labels, settings.max_length)
-
-
-def _load_model(folder: RunFolder, recipe: Recipe, labels: Labels, tokenizer: Any) -> Any:
+def _load_model(folder: RunFolder, recipe: Recipe, task: Task[Any], processor: Any) -> Any:
     if recipe.adapter is None:
-        return load_trained(recipe, folder.model)
-    model, _ = load_backbone(recipe, labels, tokenizer)
+        return load_trained(task, folder.model)
+    model, _ = load_backbone(recipe.backbone, task, processor)
     return PeftModel.from_pretrained(model, folder.adapter)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
 
 from pelton.errors import TrainingError
-from pelton.tasks.metrics import classification_metrics
+from pelton.tasks.base import LOWER_IS_BETTER
 from pelton.training.folder import RunFolder
 from pelton.training.optimizer import parameter_groups
 from pelton.training.recipe import TrainingSettings
+
+Judge = Callable[[], dict[str, float]]
 
 # transformers 5.23 renamed the argument and warns about the old name; 5.20 has only that.
 CHECKPOINTING = next(
@@ -26,11 +29,19 @@ CHECKPOINTING = next(
 class GatedTrainer(Trainer):  # type: ignore[misc]
     """A Trainer for a Pelton adapter, or for the whole backbone."""
 
-    def __init__(self, settings: TrainingSettings, folder: RunFolder, **options: Any) -> None:
-        """Makes the trainer; `options` go to transformers."""
-        super().__init__(args=training_arguments(settings, folder, options.get("eval_dataset") is not None), **options)
+    def __init__(self, settings: TrainingSettings, folder: RunFolder, judge: Judge | None, **options: Any) -> None:
+        """Makes the trainer.
+
+        Args:
+            settings: The recipe's.
+            folder: The run's.
+            judge: Computes the validation metrics of the model; None where there are no validation rows.
+            **options: Go to transformers.
+        """
+        super().__init__(args=training_arguments(settings, folder, judge is not None), **options)
         self.settings = settings
         self.folder = folder
+        self.judge = judge
         # Classifiers average their loss over a batch whatever they are told: accumulated batches are averaged here.
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)
@@ -40,6 +51,17 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         if self.optimizer is None:
             self.optimizer: Any = torch.optim.AdamW(parameter_groups(model or self.model, self.settings))
         return self.optimizer
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Judges the model on the validation rows as the task does, and logs it."""
+        if self.judge is None:
+            raise TrainingError("There are no validation rows to evaluate on. Raise task.validation_fraction.")
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.judge().items()}
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Runs one batch forward and backward.
@@ -64,6 +86,7 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
 
 def training_arguments(settings: TrainingSettings, folder: RunFolder, validated: bool) -> TrainingArguments:
     """Says a recipe's training section in transformers' words; `validated` says whether there are validation rows."""
+    every = "epoch" if settings.evaluate_every is None else "steps"
     return TrainingArguments(
         output_dir=str(folder.checkpoints),
         num_train_epochs=settings.epochs,
@@ -80,12 +103,14 @@ def training_arguments(settings: TrainingSettings, folder: RunFolder, validated:
         use_cpu=settings.precision == "bf16" and not torch.cuda.is_available(),  # bf16 is looked for on GPUs otherwise
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
-        eval_strategy="epoch" if validated else "no",
-        save_strategy="epoch",
+        eval_strategy=every if validated else "no",
+        save_strategy=every,
+        eval_steps=settings.evaluate_every,
+        save_steps=settings.evaluate_every or 500,
         save_total_limit=2,  # the best and the last; with 1, transformers deletes the last when training stops
         load_best_model_at_end=validated,
         metric_for_best_model=settings.metric_for_best if validated else None,
-        greater_is_better=settings.metric_for_best != "loss",
+        greater_is_better=settings.metric_for_best not in LOWER_IS_BETTER,
         restore_callback_states_from_checkpoint=True,
         remove_unused_columns=False,
         label_names=["labels"],
@@ -97,9 +122,3 @@ def training_arguments(settings: TrainingSettings, folder: RunFolder, validated:
         dataloader_pin_memory=torch.cuda.is_available(),
         **{CHECKPOINTING: settings.gradient_checkpointing},
     )
-
-
-def score(prediction: EvalPrediction) -> dict[str, float]:
-    """Computes the metrics of an evaluation."""
-    logits = prediction.predictions
-    return classification_metrics(logits[0] if isinstance(logits, tuple) else logits, prediction.label_ids)

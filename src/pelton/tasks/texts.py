@@ -1,0 +1,66 @@
+"""Texts and pairs of texts: checked, then tokenised and cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from pelton.errors import DataError
+from pelton.tasks.columns import Columns, find_columns
+from pelton.tasks.settings import TextSettings
+from pelton.tasks.tables import Table
+
+Texts = tuple[str, ...]
+SettingsT = TypeVar("SettingsT", bound=TextSettings)
+
+SHORTEN = {"longest": "longest_first", "first": "only_first", "second": "only_second"}
+
+
+def resolve_columns(settings: SettingsT, table: Table) -> SettingsT:
+    """Writes into settings the columns that were found."""
+    columns = find_columns(table, settings.text_columns, settings.label_column)
+    return settings.model_copy(update={"text_columns": columns.texts, "label_column": columns.label})
+
+
+def columns_of(settings: TextSettings) -> Columns:
+    """Returns the columns of resolved settings."""
+    if settings.text_columns is None or settings.label_column is None:
+        raise DataError("The run's recipe.yaml lacks task.text_columns or task.label_column. Was it edited?")
+    return Columns(settings.text_columns, settings.label_column)
+
+
+def check_texts(table: Table, columns: Sequence[str]) -> list[Texts]:
+    """Returns the texts of a table; one that is empty or no text is an error that names its cell."""
+    if not len(table):
+        raise DataError(f"{table.name} is empty: expected at least one row.")
+    for column in columns:
+        for row, text in enumerate(table.column(column)):
+            if not isinstance(text, str):
+                what = "nothing" if text is None else f"{type(text).__name__} {text!r}"
+                raise DataError(f"{table.where(row, column)}: expected a text, but got {what}.")
+            if not text.strip():
+                raise DataError(f"{table.where(row, column)}: the text is empty. Remove the row or fill it in.")
+    return list(zip(*(table.columns[column] for column in columns), strict=True))
+
+
+def typed_texts(settings: TextSettings, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Texts]:
+    """Makes inputs of what was typed; as many texts an example as the task has columns."""
+    columns = columns_of(settings).texts
+    given = [texts] if pairs is None else [texts, pairs]
+    if len(given) != len(columns):
+        raise DataError(
+            f"An example of this task has {len(columns)} text(s) ({', '.join(columns)}), but got {len(given)}."
+        )
+    return list(zip(*given, strict=True))
+
+
+def tokenise(texts: Sequence[Texts], tokenizer: Any, settings: TextSettings) -> dict[str, Any]:
+    """Tokenises texts or pairs and cuts what is longer than `max_length`; nothing is padded."""
+    fields = [list(field) for field in zip(*texts, strict=True)]
+    shorten = SHORTEN[settings.shorten] if len(fields) == 2 else "longest_first"
+    side = tokenizer.truncation_side
+    tokenizer.truncation_side = "right" if settings.keep == "head" else "left"
+    try:
+        return dict(tokenizer(*fields, truncation=shorten, max_length=settings.max_length))
+    finally:
+        tokenizer.truncation_side = side
