@@ -91,6 +91,7 @@ LAYERS = [
     {"tasks"},
     {"training"},
     {"insight"},
+    {"bench"},
     {"search", "compress"},
     {"export"},
     {"serving"},

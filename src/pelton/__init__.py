@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from pelton.gates import FixedGate, LinearGate, MLPGate, ScalarGate, register_gate
     from pelton.gates.recording import GateLog, record_gates
     from pelton.methods import IA3, BitFit, Bottleneck, LoRA, Prefix, register_method
-    from pelton.tuner import PeltonConfig, gate_summary, gated_blocks, set_methods, set_stage
+    from pelton.tuner import (
+        PeltonConfig,
+        gate_penalty,
+        gate_summary,
+        gated_blocks,
+        set_methods,
+        set_stage,
+        set_temperature,
+    )
 
 _HOME = {
     "pelton.anatomy": ("find_anatomy",),
@@ -25,7 +33,15 @@ _HOME = {
     "pelton.gates": ("FixedGate", "LinearGate", "MLPGate", "ScalarGate", "register_gate"),
     "pelton.gates.recording": ("GateLog", "record_gates"),
     "pelton.methods": ("IA3", "BitFit", "Bottleneck", "LoRA", "Prefix", "register_method"),
-    "pelton.tuner": ("PeltonConfig", "gate_summary", "gated_blocks", "set_methods", "set_stage"),
+    "pelton.tuner": (
+        "PeltonConfig",
+        "gate_penalty",
+        "gate_summary",
+        "gated_blocks",
+        "set_methods",
+        "set_stage",
+        "set_temperature",
+    ),
 }
 
 __all__ = [
@@ -43,6 +59,7 @@ __all__ = [
     "ScalarGate",
     "__version__",
     "find_anatomy",
+    "gate_penalty",
     "gate_summary",
     "gated_blocks",
     "record_gates",
@@ -50,6 +67,7 @@ __all__ = [
     "register_method",
     "set_methods",
     "set_stage",
+    "set_temperature",
 ]
 
 

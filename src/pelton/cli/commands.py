@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from pelton.cli.bench import bench
+from pelton.cli.data import data as data_commands
 from pelton.version import __version__
 
 app = typer.Typer(
@@ -70,12 +72,14 @@ def fit(
 @app.command()
 def predict(
     run: RunPath,
-    text: Annotated[list[str] | None, typer.Option(help="A text to classify; may be repeated.")] = None,
-    pair: Annotated[list[str] | None, typer.Option(help="The second text of each --text, for pairs.")] = None,
+    text: Annotated[list[str] | None, typer.Option(help="A text, such as one to classify; may be repeated.")] = None,
+    pair: Annotated[
+        list[str] | None, typer.Option(help="Goes with each --text: a pair's second text, a question's context.")
+    ] = None,
     file: Annotated[Path | None, typer.Option(help="A file with the task's text columns.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where JSON lines go instead of the terminal.")] = None,
 ) -> None:
-    """Classify texts; prints JSON lines."""
+    """Say what a run's model makes of texts; prints JSON lines."""
     if (text is None) == (file is None):
         raise typer.BadParameter("give either --text or --file")
     if len(pair or text or []) != len(text or []):
@@ -127,6 +131,10 @@ def gates(
     if plot is not None:
         plot_gates(table, plot)
         print(plot)
+
+
+app.command()(bench)
+app.add_typer(data_commands, name="data")
 
 
 @app.command()

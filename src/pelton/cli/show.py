@@ -41,6 +41,8 @@ def result(folder: RunFolder) -> None:
     if folder.gate_values.is_file():
         console.print()
         gates(gate_table(folder.path), brief=True)
+    for note in folder.read("data")["notes"]:
+        console.print(Text(f"· {note}"), soft_wrap=True)
     console.print(f"\n{'run':<11}{folder.path}", highlight=False, soft_wrap=True)
 
 

@@ -53,6 +53,10 @@ class Task(ABC, Generic[SettingsT]):
     """PEFT's name of the kind, where its wrapper adds something (`generate`, the labels of a language model)."""
     new_head: ClassVar[bool] = True
     """Whether the head has no pretrained weights, and is trained and saved beside the adapter."""
+    streams: ClassVar[bool] = False
+    """Whether training rows can be checked and encoded some at a time, once `plan` has seen the first."""
+    loss_counts_tokens: ClassVar[bool] = False
+    """Whether the model's loss is a mean over tokens: accumulated batches are then averaged over all their tokens."""
 
     @classmethod
     @abstractmethod
@@ -104,6 +108,17 @@ class Task(ABC, Generic[SettingsT]):
         """Returns each example's class, for drawing in proportion."""
         return [None] * len(examples)
 
+    def classes(self, examples: Examples) -> tuple[str, set[Any]] | None:
+        """Returns the column of the classes and those that occur; None for kinds without classes."""
+        return None
+
+    def learned(self, examples: Examples) -> tuple[list[int], str]:
+        """Returns the rows that may be trained on, and why the others are only judged."""
+        return list(range(len(examples))), ""
+
+    def require_splits(self, splits: Mapping[str, Examples]) -> None:
+        """Raises DataError where the splits together are not enough for what the settings ask for."""
+
     def start(self, model: Any, batches: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
         """Gives a new head its first weights; `batches` encodes and collates the training examples."""
 
@@ -113,6 +128,19 @@ class Task(ABC, Generic[SettingsT]):
 
         Where an input makes several features (windows), the column `example` says which input each belongs to.
         """
+
+    def judged(self, examples: Examples, processor: Any) -> Any:
+        """Returns the features that evaluation runs on: inputs alone, unless a kind needs targets in its outputs."""
+        return self.encode(examples.inputs, processor)
+
+    @property
+    def packs(self) -> bool:
+        """Whether `encode` puts several examples into one feature, and so has to see all of them together."""
+        return False
+
+    def left_out(self, examples: Examples, features: Any) -> tuple[str, ...]:
+        """Returns, in sentences, what `encode` left out of the training examples."""
+        return ()
 
     @abstractmethod
     def collator(self, processor: Any) -> Collator:
@@ -128,7 +156,7 @@ class Task(ABC, Generic[SettingsT]):
 
         Args:
             examples: What was encoded.
-            features: What `encode` made of it.
+            features: What `judged` made of it.
             outputs: What `outputs` gave for each feature, in order.
         """
 
@@ -136,9 +164,21 @@ class Task(ABC, Generic[SettingsT]):
     def predict(self, inputs: Sequence[Any], features: Any, outputs: Sequence[Any]) -> list[Any]:
         """Returns one dataclass an input: what the model says about it."""
 
+    @property
+    def calibrates(self) -> bool:
+        """Whether something is chosen on validation rows once the weights are learned."""
+        return False
+
+    def calibrate(self, examples: Examples, features: Any, outputs: Sequence[Any]) -> Self:
+        """Returns the task with what is chosen on validation rows after training; takes what `evaluate` takes."""
+        return self
+
     def score(self, values: Mapping[str, float]) -> float:
-        """Returns the one number that compares runs: the mean of the metrics that `settings.score` names."""
-        return float(np.mean([values[name] for name in self.settings.score]))
+        """Returns the one number that compares runs, more is better: the mean of the metrics in `settings.score`.
+
+        Metrics of which less is better count negatively.
+        """
+        return float(np.mean([-values[n] if n in LOWER_IS_BETTER else values[n] for n in self.settings.score]))
 
     def require_metrics(self) -> None:
         """Raises DataError where `settings.score` names a metric that this task does not give."""

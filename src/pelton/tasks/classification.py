@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, Self
 
 import datasets
 import numpy as np
-from pydantic import model_validator
+from pydantic import field_validator, model_validator
 
 from pelton.tasks.base import Collator, Examples, Task
 from pelton.tasks.labels import Labels, find_labels
@@ -22,6 +22,7 @@ class ClassificationSettings(TextSettings):
     """One of several classes for a text or a pair of texts.
 
     Attributes:
+        labels: The classes in the order of their ids; found in the data when not given.
         head: `pooler` is transformers' own sequence classifier; `mean` averages the last hidden states.
         head_init: What the head starts from: `random` weights, or (with `mean`) the `class_means` of the training
             examples.
@@ -29,6 +30,7 @@ class ClassificationSettings(TextSettings):
 
     kind: Literal["text-classification"] = "text-classification"
     score: tuple[str, ...] = ("accuracy",)
+    labels: tuple[str, ...] | None = None
     head: Literal["pooler", "mean"] = "pooler"
     head_init: Literal["random", "class_means"] = "random"
 
@@ -36,7 +38,15 @@ class ClassificationSettings(TextSettings):
     def _means_need_the_mean(self) -> Self:
         if self.head_init == "class_means" and self.head != "mean":
             raise ValueError(f"head_init class_means needs head mean, but got head {self.head}")
+        if self.head_init == "class_means" and self.streaming:
+            raise ValueError("head_init class_means reads all training rows, which streaming never holds")
         return self
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _names(cls, value: Any) -> Any:
+        """Takes `labels: [1, 2]` too: a number may be a name."""
+        return [str(name) for name in value] if isinstance(value, list | tuple) else value
 
 
 @dataclass(frozen=True)
@@ -54,13 +64,13 @@ class TextClassification(Task[ClassificationSettings]):
 
     labels: Labels
 
-    peft_type: ClassVar[str | None] = None
+    streams: ClassVar[bool] = True
 
     @classmethod
     def plan(cls, settings: ClassificationSettings, table: Table) -> Self:
         """Finds the columns, and the classes of the training rows."""
         settings = resolve_columns(settings, table)
-        return cls(settings, find_labels(table, columns_of(settings).label))
+        return cls(settings, find_labels(table, columns_of(settings).label, settings.labels, settings.streaming))
 
     @classmethod
     def restore(cls, settings: ClassificationSettings, stored: Mapping[str, Any]) -> Self:
@@ -110,6 +120,10 @@ class TextClassification(Task[ClassificationSettings]):
     def strata(self, examples: Examples) -> list[Hashable]:
         """Returns the classes."""
         return list(examples.targets)
+
+    def classes(self, examples: Examples) -> tuple[str, set[Any]]:
+        """Returns the label column and the classes that occur."""
+        return str(self.settings.label_column), set(examples.targets)
 
     def start(self, model: Any, batches: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
         """Starts the head from class means where the recipe asks for it."""

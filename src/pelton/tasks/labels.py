@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -72,12 +73,28 @@ class Labels:
         return f"unseen label {value!r}.{hint} Classes of the training data: {known}."
 
 
-def find_labels(table: Table, column: str) -> Labels:
-    """Takes the classes from the source's own list where it has one, else from the distinct values of `column`.
+def find_labels(table: Table, column: str, given: Sequence[str] | None = None, partial: bool = False) -> Labels:
+    """Takes the classes that are given, else the source's own list, else the distinct values of `column`.
+
+    Args:
+        table: The training rows.
+        column: Their labels.
+        given: The classes, where the recipe says them; names that are whole numbers are then no ids.
+        partial: Whether the table has only the first rows, in which some classes may not occur.
 
     Raises:
-        DataError: a label is missing, is neither a name nor a whole number, or there are fewer than two classes.
+        DataError: a label is missing, is neither a name nor a whole number, there are fewer than two classes, or they
+            cannot be known.
     """
+    if given is not None:
+        if len(set(given)) != len(given) or len(given) < 2:
+            raise DataError(f"task.labels: expected two or more different classes, but got {list(given)}.")
+        return Labels(tuple(given), ids=not any(name.isdecimal() for name in given))
+    if partial and column not in table.class_names:
+        raise DataError(
+            f"{table.name}, column {column!r}: the classes must be known before rows are streamed. Set "
+            "task.labels=[name, …], or write label_names.json beside the training file."
+        )
     if column in table.class_names:
         return Labels(table.class_names[column], ids=True)
     keys = set()

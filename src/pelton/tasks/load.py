@@ -3,30 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 from pydantic import Field
 
 from pelton.errors import DataError
+from pelton.tasks.answers import AnswerSettings, QuestionAnswering
 from pelton.tasks.base import Examples, Task
+from pelton.tasks.causal import CausalLM, CausalSettings
 from pelton.tasks.classification import ClassificationSettings, TextClassification
 from pelton.tasks.glue import GlueSettings
+from pelton.tasks.images import ImageClassification, ImageSettings
+from pelton.tasks.intents import IntentClassification, IntentSettings
 from pelton.tasks.regression import RegressionSettings, TextRegression
 from pelton.tasks.sampling import few_shot, hold_back, stratified
+from pelton.tasks.seq2seq import Seq2SeqSettings, SequenceToSequence
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.splits import load_splits
+from pelton.tasks.streams import TrainingStream, open_stream
 from pelton.tasks.tokens import TokenClassification, TokenSettings
 
 KINDS: dict[type[TaskSettings], type[Task[Any]]] = {
     ClassificationSettings: TextClassification,
     RegressionSettings: TextRegression,
     TokenSettings: TokenClassification,
+    CausalSettings: CausalLM,
+    ImageSettings: ImageClassification,
+    IntentSettings: IntentClassification,
+    AnswerSettings: QuestionAnswering,
+    Seq2SeqSettings: SequenceToSequence,
 }
 """The task that each kind of settings describes. GLUE's settings turn into one of these."""
 
 AnySettings = Annotated[
-    ClassificationSettings | RegressionSettings | TokenSettings | GlueSettings, Field(discriminator="kind")
+    ClassificationSettings
+    | RegressionSettings
+    | TokenSettings
+    | CausalSettings
+    | GlueSettings
+    | ImageSettings
+    | IntentSettings
+    | AnswerSettings
+    | Seq2SeqSettings,
+    Field(discriminator="kind"),
 ]
 """What a recipe may hold under `task`, told apart by `kind`."""
 
@@ -43,11 +63,21 @@ class Loaded:
         task: What is known of it beside the rows.
         splits: Examples of `train`, and of `validation`, `test` and `test_mismatched` where there are such.
         rows: For training and held-back validation, the 0-based rows of the training data they were drawn from.
+        stream: The training rows where they are streamed; `splits` then has no `train`.
     """
 
     task: Task[Any]
     splits: dict[str, Examples]
     rows: Mapping[str, Sequence[int]]
+    stream: TrainingStream | None = None
+
+    def some(self) -> Examples:
+        """Returns examples that were not trained on where there are any, or the first that were."""
+        for split in ("test", "validation", "train"):
+            if split in self.splits:
+                return self.splits[split]
+        assert self.stream is not None
+        return next(self.stream.examples())
 
     @property
     def notes(self) -> list[str]:
@@ -75,6 +105,8 @@ def load_task(settings: TaskSettings, seed: int) -> Loaded:
         DataError: what is wrong with the data, by file, row and column; or fewer rows than were asked for.
     """
     settings = plain(settings)
+    if settings.streaming:
+        return _load_stream(settings, seed)
     tables = load_splits(settings)
     task = KINDS[type(settings)].plan(settings, tables["train"])
     task.require_metrics()
@@ -89,13 +121,43 @@ def load_task(settings: TaskSettings, seed: int) -> Loaded:
         if held:
             drawn["validation"] = held
             splits["validation"] = everything.take(held)
-    elif settings.validation_examples:
-        given = splits["validation"]
-        splits["validation"] = given.take(stratified(task.strata(given), settings.validation_examples, seed))
+    else:
+        splits["validation"] = _fewer(settings, task, splits["validation"], seed)
+    learned, reason = task.learned(everything)
+    rows, left_out = sorted({*rows} & {*learned}), len({*rows} - {*learned})
     chosen = _draw(settings, [strata[row] for row in rows], seed, getattr(task, "labels", None))
     drawn["train"] = [rows[place] for place in chosen]
     splits["train"] = everything.take(drawn["train"])
+    if left_out:
+        note = f"{tables['train'].name}: {left_out} rows are left out of training, since {reason}."
+        splits["train"] = replace(splits["train"], notes=(*splits["train"].notes, note))
+    task.require_splits(splits)
+    _require_classes(task, everything, splits["train"], tables["train"].name)
     return Loaded(task, splits, drawn)
+
+
+def _load_stream(settings: TaskSettings, seed: int) -> Loaded:
+    """Loads all splits but the training rows, of which only the first are read."""
+    stream = open_stream(settings, KINDS[type(settings)])
+    task = stream.task
+    task.require_metrics()
+    splits = {split: task.check(table) for split, table in load_splits(settings).items()}
+    if "validation" in splits:
+        splits["validation"] = _fewer(settings, task, splits["validation"], seed)
+    elif settings.validation_fraction if settings.validation_examples is None else settings.validation_examples:
+        raise DataError(
+            "task.streaming cannot hold validation rows back. Name a split or file with task.validation, or set "
+            "task.validation_examples=0 to do without."
+        )
+    task.require_splits(splits)
+    return Loaded(task, splits, {}, stream)
+
+
+def _fewer(settings: TaskSettings, task: Task[Any], given: Examples, seed: int) -> Examples:
+    """Draws the validation rows that the settings ask for from a validation split."""
+    if not settings.validation_examples:
+        return given
+    return given.take(stratified(task.strata(given), settings.validation_examples, seed))
 
 
 def restore_task(settings: TaskSettings, stored: Mapping[str, Any]) -> Task[Any]:
@@ -107,6 +169,26 @@ def restore_task(settings: TaskSettings, stored: Mapping[str, Any]) -> Task[Any]
 def plain(settings: TaskSettings) -> TaskSettings:
     """Returns the kind of task that a named benchmark's settings stand for; others as they are."""
     return settings.plain() if isinstance(settings, GlueSettings) else settings
+
+
+def _require_classes(task: Task[Any], everything: Examples, drawn: Examples, name: str) -> None:
+    """Refuses training examples that are all of one class: there would be nothing to tell apart."""
+    given, chosen = task.classes(everything), task.classes(drawn)
+    if given is None or chosen is None or len(chosen[1]) > 1:
+        return
+    column, classes = given
+    if len(classes) < 2:
+        raise DataError(
+            f"{name}, column {column!r}: all {len(everything)} training rows have one class. Expected two or more: "
+            "add rows of another class, or name another file or split with task.train."
+        )
+    asked = "task.validation_fraction or task.validation_examples"
+    if task.settings.shots is not None or task.settings.examples is not None:
+        asked = "task.shots" if task.settings.shots is not None else "task.examples"
+    raise DataError(
+        f"{name}, column {column!r}: the {len(drawn)} training rows that were drawn have one class of "
+        f"{len(classes)}. Expected two or more: change {asked}."
+    )
 
 
 def _draw(settings: TaskSettings, classes: Sequence[Any], seed: int, labels: Any) -> Sequence[int]:

@@ -48,6 +48,36 @@ def binary_metrics(logits: NDArray[np.floating], labels: NDArray[np.integer]) ->
     }
 
 
+def scope_metrics(
+    probabilities: NDArray[np.floating], targets: NDArray[np.integer], threshold: float, out: int
+) -> dict[str, float]:
+    """Returns how well rows are classified, and those that belong to no class rejected.
+
+    A row is rejected when its largest probability is below `threshold`. `accuracy` and `in_scope_accuracy` are shares
+    of the rows in scope that are predicted right, with rejected ones wrong and with none rejected; `macro_f1` is over
+    all rows, with rejection as one more class; `oos_recall` is the share of rows out of scope that are rejected, and
+    `oos_auroc` the area under the ROC curve of one minus the largest probability, which needs no threshold. What needs
+    rows in (or out of) scope is NaN where there are none.
+
+    Args:
+        probabilities: [B, classes].
+        targets: [B], `out` for rows out of scope.
+        threshold: Rows below are rejected.
+        out: Marks what belongs to no class.
+    """
+    largest, likeliest = probabilities.max(axis=1), probabilities.argmax(axis=1)
+    predicted, inside = np.where(largest < threshold, out, likeliest), targets != out
+    some_in, some_out = bool(inside.any()), bool((~inside).any())
+    nan = float("nan")
+    return {
+        "accuracy": float(accuracy_score(targets[inside], predicted[inside])) if some_in else nan,
+        "in_scope_accuracy": float(accuracy_score(targets[inside], likeliest[inside])) if some_in else nan,
+        "macro_f1": float(f1_score(targets, predicted, average="macro", zero_division=0.0)),
+        "oos_recall": float((predicted[~inside] == out).mean()) if some_out else nan,
+        "oos_auroc": float(roc_auc_score(~inside, 1.0 - largest)) if some_in and some_out else nan,
+    }
+
+
 def regression_metrics(values: NDArray[np.floating], targets: NDArray[np.floating]) -> dict[str, float]:
     """Returns Pearson's and Spearman's correlations and the root mean squared error.
 

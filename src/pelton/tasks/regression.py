@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import datasets
 import numpy as np
@@ -49,6 +49,8 @@ class TextRegression(Task[RegressionSettings]):
 
     mean: float
     deviation: float
+
+    streams: ClassVar[bool] = True
 
     @classmethod
     def plan(cls, settings: RegressionSettings, table: Table) -> Self:

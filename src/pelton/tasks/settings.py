@@ -24,6 +24,10 @@ class TaskSettings(BaseModel):
         examples: Training examples kept in all, in the proportions of the classes; all when not given.
         validation_fraction: Share of the training rows that is held back when there is no validation split.
         validation_examples: Number of validation rows, instead of a fraction.
+        streaming: Reads the training rows while training lasts, and never holds them all in memory; other splits are
+            read whole. Needs `training.max_steps`, and classes that are known without reading all rows.
+        shuffle_buffer: Encoded rows among which a streamed row is drawn at random.
+        memory_map: Writes the encoded training rows to a file in the run's folder and reads them from there.
         score: The metrics whose mean chooses the checkpoint and compares runs.
     """
 
@@ -39,6 +43,9 @@ class TaskSettings(BaseModel):
     examples: Count | None = None
     validation_fraction: Fraction = 0.1
     validation_examples: Annotated[int, Field(ge=0)] | None = None
+    streaming: bool = False
+    shuffle_buffer: Count = 10_000
+    memory_map: bool = False
     score: Annotated[tuple[str, ...], Field(min_length=1)]
 
     @field_validator("score", mode="before")
@@ -50,6 +57,13 @@ class TaskSettings(BaseModel):
     def _one_way_to_draw(self) -> Self:
         if self.shots is not None and self.examples is not None:
             raise ValueError("shots (a class) and examples (in all) exclude each other")
+        return self
+
+    @model_validator(mode="after")
+    def _streamed_rows_are_not_held(self) -> Self:
+        for name in ("shots", "examples", "memory_map"):
+            if self.streaming and getattr(self, name):
+                raise ValueError(f"streaming never holds all rows, which {name} needs: set one of the two")
         return self
 
 

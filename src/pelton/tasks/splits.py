@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pelton.errors import DataError, nearest, unknown
+from pelton.tasks.pictures import holds_folders
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.tables import READERS, Table, extension, from_dataset, read_table
 
@@ -35,6 +36,8 @@ def load_splits(settings: TaskSettings) -> dict[str, Table]:
     data, names = settings.data, {split: getattr(settings, split, None) for split in SPLITS}
     if names["validation"] is not None and names["validation"] == names["train"]:
         names["validation"] = HELD_BACK
+    if settings.streaming:
+        names["train"] = HELD_BACK  # is read by `streams`
     path = packaged_folder(data) if data.startswith(PREFIX) else Path(data).expanduser()
     if path.is_dir():
         tables = _load_folder(path, names)
@@ -46,6 +49,24 @@ def load_splits(settings: TaskSettings) -> dict[str, Table]:
         if not len(table):
             raise DataError(f"{table.name} is empty: the {split} split needs at least one row.")
     return tables
+
+
+def training_file(settings: TaskSettings) -> tuple[Path, tuple[str, ...] | None] | None:
+    """Returns the file of the training rows and the names of their classes; None where they are on the hub.
+
+    Raises:
+        DataError: there is no such file.
+    """
+    data = str(settings.data)
+    path = packaged_folder(data) if data.startswith(PREFIX) else Path(data).expanduser()
+    if path.is_dir():
+        found = _find_file(path, "train", settings.train)
+        if found is None:
+            raise DataError(f"{path} has no training file. Expected train.jsonl or another of {', '.join(READERS)}.")
+        return found, _read_class_names(path / "label_names.json")
+    if path.is_file() or _looks_local(data):
+        return Path(settings.train or path).expanduser(), None
+    return None
 
 
 def packaged_folder(data: str) -> Path:
@@ -65,7 +86,7 @@ def _load_folder(folder: Path, names: dict[str, str | None]) -> dict[str, Table]
     tables = {}
     for split, name in names.items():
         path = None if name == HELD_BACK else _find_file(folder, split, name)
-        if path is None and split == "train":
+        if path is None and split == "train" and name != HELD_BACK:
             raise DataError(f"{folder} has no training file. Expected train.jsonl or another of {', '.join(READERS)}.")
         if path is not None:
             table = read_table(path)
@@ -81,6 +102,7 @@ def _find_file(folder: Path, split: str, name: str | None) -> Path | None:
         return inside if inside.is_file() else Path(name).expanduser()
     stems = SPLITS[split] if name is None else (name,)
     found = [path for stem in stems for end in READERS if (path := folder / f"{stem}{end}").is_file()]
+    found = found or [path for stem in stems if holds_folders(path := folder / stem)]
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise DataError(f"{folder} has more than one {split} file: {names}. Name one with task.{split}=FILE.")

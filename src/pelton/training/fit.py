@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from peft import PeftModel
 from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -16,15 +17,19 @@ from transformers import EarlyStoppingCallback, TrainerCallback
 from pelton.errors import PeltonError, TrainingError
 from pelton.gates.recording import record_gates
 from pelton.tasks.base import Examples
-from pelton.tasks.load import load_task
+from pelton.tasks.load import Loaded, load_task
 from pelton.training.backbone import quiet
-from pelton.training.callbacks import GateWarmup, History, ProgressBar, StopBetweenSteps, StopOnNaN
+from pelton.training.callbacks import History, ProgressBar, StopBetweenSteps, StopOnNaN
+from pelton.training.features import training_features
 from pelton.training.folder import RunFolder
+from pelton.training.gate_callbacks import gate_callbacks
 from pelton.training.loading import dump_recipe, load_recipe
 from pelton.training.prepare import Prepared, environment, prepare
-from pelton.training.recipe import Recipe, TrainingSettings
+from pelton.training.recipe import Recipe
 from pelton.training.run import Run
+from pelton.training.trackers import track_gates
 from pelton.training.trainer import GatedTrainer
+from pelton.training.unfrozen import save_model
 from pelton.tuner.summary import gate_summary
 
 GATE_EXAMPLES = 512
@@ -77,9 +82,9 @@ def resume(path: Path | str, *, progress: bool = False, callbacks: Sequence[Trai
     with quiet():
         if folder.phase == "trained":
             run = Run.load(folder.path)
-            splits = load_task(run.recipe.task, run.recipe.training.seed).splits
+            data = load_task(run.recipe.task, run.recipe.training.seed)
             with _noting(folder):
-                return _finish(run, splits)
+                return _finish(run, data)
         prepared = prepare(load_recipe(folder.recipe))
         return _complete(folder, prepared, folder.last_checkpoint(), progress, callbacks)
 
@@ -95,8 +100,8 @@ def _complete(
     run = Run(folder, prepared.recipe, prepared.data.task, prepared.processor, prepared.model)
     folder.set_phase("training")
     with _noting(folder):
-        _train(run, prepared.data.splits, checkpoint, progress, callbacks)
-        return _finish(run, prepared.data.splits)
+        run = _train(run, prepared.data, checkpoint, progress, callbacks)
+        return _finish(run, prepared.data)
 
 
 @contextmanager
@@ -116,26 +121,30 @@ def _noting(folder: RunFolder) -> Iterator[None]:
 
 def _train(
     run: Run,
-    splits: Mapping[str, Examples],
+    data: Loaded,
     checkpoint: Path | None,
     progress: bool,
     callbacks: Sequence[TrainerCallback],
-) -> None:
-    """Runs the trainer, and saves what it trained."""
+) -> Run:
+    """Runs the trainer, lets the task choose what it chooses on validation rows, and saves both."""
     settings, folder = run.recipe.training, run.folder
-    examples, held = splits["train"], splits.get("validation")
-    validation = None if held is None else run.task.encode(held.inputs, run.processor)
+    examples, held = data.splits.get("train"), data.splits.get("validation")
+    features, left_out = training_features(data, run.processor, folder.features, settings.seed)
+    _note(folder, left_out)
+    validation = None if held is None else run.task.judged(held, run.processor)
     trainer = GatedTrainer(
         settings,
         folder,
         None if held is None else partial(run.evaluate, held, validation),
+        task=run.task,
+        targets=() if examples is None else examples.targets,
         model=run.model,
-        train_dataset=run.task.encode(examples.inputs, run.processor, examples.targets),
+        train_dataset=features,
         eval_dataset=validation,
         data_collator=run.task.collator(run.processor),
     )
     stop, bar = StopBetweenSteps(), ProgressBar(Console(stderr=True))
-    own = _callbacks(settings, trainer, stop)
+    own = _callbacks(run, trainer, stop, held or examples)
     for callback in [*own, *([bar] if progress else []), *callbacks]:
         trainer.add_callback(callback)
     started = time.perf_counter()
@@ -146,24 +155,36 @@ def _train(
         bar.close()
         trainer.accelerator.unwrap_model(run.model, keep_fp32_wrapper=False)  # a forward without its autocast
     if not stop.stopped:
-        _save(run, trainer, time.perf_counter() - started)
+        if held is not None and run.task.calibrates:
+            run = run.calibrated(held, validation)
+        _save(run, trainer, None if examples is None else len(examples), time.perf_counter() - started)
     if stop.asked:
         raise KeyboardInterrupt
+    return run
 
 
-def _callbacks(settings: TrainingSettings, trainer: GatedTrainer, stop: StopBetweenSteps) -> list[TrainerCallback]:
+def _note(folder: RunFolder, notes: Sequence[str]) -> None:
+    """Adds to the notes of a run's data; those of an interrupted training are there already."""
+    if notes:
+        data = folder.read("data")
+        folder.write("data", {**data, "notes": list(dict.fromkeys([*data["notes"], *notes]))})
+
+
+def _callbacks(run: Run, trainer: GatedTrainer, stop: StopBetweenSteps, few: Examples | None) -> list[TrainerCallback]:
     """Returns Pelton's callbacks; `StopOnNaN` comes after `stop`, whose saving it checks."""
+    settings = run.recipe.training
     callbacks = [History(trainer.folder.history), stop, StopOnNaN(trainer.diverged)]
-    if settings.gate_warmup_steps:
-        callbacks.append(GateWarmup(settings.gate_warmup_steps))
+    callbacks += gate_callbacks(settings, run.model)
     if settings.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience, settings.early_stopping_min_delta))
-    return callbacks
+    return [*callbacks, *track_gates(run, trainer, few)]
 
 
-def _save(run: Run, trainer: GatedTrainer, seconds: float) -> None:
+def _save(run: Run, trainer: GatedTrainer, examples: int | None, seconds: float) -> None:
     """Saves the trained weights and what is known of the training; from here on only evaluation is missing."""
     adapted = isinstance(run.model, PeftModel)
+    if run.recipe.training.train_backbone:
+        save_model(run.model, run.folder.model)
     run.model.save_pretrained(run.folder.adapter if adapted else run.folder.model)
     parameters = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
     trainable, total = sum(n for n, learns in parameters if learns), sum(n for n, _ in parameters)
@@ -171,7 +192,8 @@ def _save(run: Run, trainer: GatedTrainer, seconds: float) -> None:
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
         "best_step": trainer.state.best_global_step,
-        "train_examples": len(trainer.train_dataset),
+        "train_examples": examples,
+        "train_features": None if examples is None else len(trainer.train_dataset),  # nobody counts a stream
         "train_seconds": round(seconds, 1),
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
     }
@@ -179,23 +201,27 @@ def _save(run: Run, trainer: GatedTrainer, seconds: float) -> None:
     run.folder.set_phase("trained")
 
 
-def _finish(run: Run, splits: Mapping[str, Examples]) -> Run:
+def _finish(run: Run, data: Loaded) -> Run:
     """Evaluates a trained run, and records its gates."""
     metrics = run.folder.read("metrics")
     for split in JUDGED:
-        if split in splits:
-            metrics[split] = run.evaluate(splits[split])
+        if split in data.splits:
+            metrics[split] = run.evaluate(data.splits[split])
     run.folder.write("metrics", metrics)
     if isinstance(run.model, PeftModel):
-        _record_gates(run, splits.get("test") or splits.get("validation") or splits["train"])
+        _record_gates(run, data.some())
     run.folder.set_phase("finished")
     return run
 
 
 def _record_gates(run: Run, examples: Examples) -> None:
     """Writes gate values on the first examples, and their means by block."""
+    features = run.task.judged(examples.take(range(min(len(examples), GATE_EXAMPLES))), run.processor)
     with record_gates(run.model) as log:
-        run.outputs(examples.inputs[:GATE_EXAMPLES], sort=False)
+        run.forward(features)
     frame = log.to_frame()
+    if "example" in features.column_names:  # the log counts features
+        of, seen = np.asarray(features["example"]), frame["example"] >= 0
+        frame.loc[seen, "example"] = of[frame.loc[seen, "example"]]
     frame.to_parquet(run.folder.gate_values, index=False)
     run.folder.write("gates", json.loads(gate_summary(run.model, frame).to_json(orient="records")))

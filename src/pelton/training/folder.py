@@ -3,13 +3,16 @@
 recipe.yaml        the resolved recipe: every default, absolute paths, the columns that were found
 task.json          what the task found in the data: its classes, or its scale
 data.json          how many examples each split has, which rows were drawn, what was changed or left out
-adapter/           what was trained (model/ when the whole backbone was)
+adapter/           what was trained
+model/             the whole model, where the backbone was trained
 metrics.json       scores, trainable share, steps, seconds
 history.jsonl      one line per logged step or evaluation
 gates.parquet      gate values on some examples
 gates.json         their means: one row per block
 environment.json   versions
 checkpoints/       what `resume` starts from
+logs/              what TensorBoard shows
+features/          encoded training rows, where `task.memory_map` asks for a file
 state.json         the phase: training, interrupted, failed, trained, finished
 """
 
@@ -84,6 +87,16 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The trainer's own folders."""
         return self.path / "checkpoints"
+
+    @property
+    def features(self) -> Path:
+        """Encoded training rows that are not held in memory."""
+        return self.path / "features"
+
+    @property
+    def logs(self) -> Path:
+        """Where TensorBoard writes."""
+        return self.path / "logs"
 
     @property
     def phase(self) -> Phase:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 
 from pelton.tasks.base import Task
+from pelton.training.batching import feature_lengths
 
 Precision = Literal["fp32", "bf16", "fp16"]
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,10 +41,11 @@ def infer(
         sort: Batches features of like length, which saves padding; off where the order of forwards matters.
     """
     processes = PartialState()
-    order = _by_length(features) if sort else list(range(len(features)))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = _batches(_by_length(features) if sort else range(len(features)), batch_size)
     mine = batches[processes.process_index :: processes.num_processes]
-    found = list(zip(mine, _forward(model, task, features, processor, mine, precision), strict=True))
+    with _at_rest(model, precision):
+        collated = _collated(model, task, features, processor, mine)
+        found = [(rows, task.outputs(model, batch)) for rows, batch in zip(mine, collated, strict=True)]
     if processes.num_processes > 1:
         found = gather_object(found)
     outputs: list[Any] = [None] * len(features)
@@ -52,26 +55,44 @@ def infer(
     return outputs
 
 
-def _forward(
-    model: Any, task: Task[Any], features: Any, processor: Any, batches: Sequence[Sequence[int]], precision: Precision
-) -> list[list[Any]]:
-    device, collate = next(model.parameters()).device, task.collator(processor)
-    was_training = model.training
+def pass_over(
+    model: Any, task: Task[Any], features: Any, processor: Any, *, batch_size: int, precision: Precision = "fp32"
+) -> None:
+    """Runs a model once over features in their order, for what hooks see of it; nothing is kept, nothing generated.
+
+    Takes what `infer` takes.
+    """
+    with _at_rest(model, precision):
+        for batch in _collated(model, task, features, processor, _batches(range(len(features)), batch_size)):
+            model(**batch)
+
+
+@contextmanager
+def _at_rest(model: Any, precision: Precision) -> Iterator[None]:
+    """Switches gradients, dropout and the like off for a while, and mixed precision on where that is asked for."""
+    device, was_training = next(model.parameters()).device, model.training
     model.eval()
     try:
-        with (
-            torch.inference_mode(),
-            torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32"),
-        ):
-            return [task.outputs(model, collate([features[row] for row in rows]).to(device)) for rows in batches]
+        with torch.inference_mode(), torch.autocast(device.type, AUTOCAST[precision], enabled=precision != "fp32"):
+            yield
     finally:
         model.train(was_training)
+
+
+def _batches(order: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def _collated(
+    model: Any, task: Task[Any], features: Any, processor: Any, batches: Sequence[Sequence[int]]
+) -> Iterator[Any]:
+    device, collate = next(model.parameters()).device, task.collator(processor)
+    for rows in batches:
+        yield collate([features[row] for row in rows]).to(device)
 
 
 def _by_length(features: Any) -> list[int]:
     """Returns the features' places, short ones first; where they have no tokens, as they are."""
     places = list(range(len(features)))
-    if "input_ids" not in features.column_names:
-        return places
-    lengths = [len(ids) for ids in features["input_ids"]]
-    return sorted(places, key=lengths.__getitem__)
+    lengths = feature_lengths(features)
+    return places if lengths is None else sorted(places, key=lengths.tolist().__getitem__)

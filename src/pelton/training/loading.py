@@ -126,7 +126,10 @@ def _explain(error: ValidationError) -> str:
     if first["type"] == "missing":
         return f"{key!r} is missing. Set it in the file or with --set {key}=VALUE."
     law = first["msg"].removeprefix("Value error, ")
-    return f"{key}: {law[0].lower()}{law[1:]}, but got {first['input']!r}."
+    law = f"{law[0].lower()}{law[1:]}"
+    if isinstance(first["input"], Mapping):  # a law between keys, which it names itself
+        return f"{key}: {law}." if key else f"{law}."
+    return f"{key}: {law}, but got {first['input']!r}."
 
 
 def _keys(places: Sequence[int | str]) -> list[str]:

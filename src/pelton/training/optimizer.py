@@ -1,18 +1,27 @@
-"""Parameter groups: gates, methods, head and backbone each learn at their own rate."""
+"""Parameter groups: gates, methods, head and backbone learn at rates of their own, deep blocks at lower ones.
+
+A group is named after what it holds: `gates`, `methods`, `methods.prefix` where a kind has a rate of its own, `head`,
+`backbone`, and `backbone.2` for what lies two blocks below the top under layer-wise decay.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from pelton.errors import TrainingError
+from pelton.training.depth import parameter_depths
 from pelton.training.recipe import TrainingSettings
+from pelton.tuner.controls import tuners
+
+METHODS = ".pelton.methods."
 
 
 def group_of(name: str, head: str | None) -> str:
-    """Returns the group of a parameter by its name.
+    """Returns the group of a parameter by its name: `gates`, `methods`, `head` or `backbone`.
 
     Args:
         name: As `model.named_parameters()` gives it.
@@ -20,7 +29,7 @@ def group_of(name: str, head: str | None) -> str:
     """
     if ".pelton.gates." in name:
         return "gates"
-    if ".pelton.methods." in name:
+    if METHODS in name:
         return "methods"
     if ".modules_to_save." in name or (head is not None and not name.startswith(f"{head}.")):
         return "head"
@@ -29,38 +38,62 @@ def group_of(name: str, head: str | None) -> str:
 
 def learning_rates(settings: TrainingSettings) -> dict[str, float]:
     """Returns each group's rate; what a recipe leaves open learns as the methods do."""
+    own = {f"methods.{kind}": rate for kind, rate in settings.method_learning_rates.items()}
     return {
         "methods": settings.learning_rate,
+        **own,
         "gates": settings.gate_learning_rate or settings.learning_rate,
         "head": settings.head_learning_rate or settings.learning_rate,
         "backbone": settings.backbone_learning_rate,
     }
 
 
+def trained_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Returns the trainable parameters with their names, by group."""
+    prefix = None if tuners(model) else getattr(model, "base_model_prefix", None)
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"methods": [], "gates": [], "head": [], "backbone": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[group_of(name, prefix)].append((name, parameter))
+    return groups
+
+
 def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
-    """Groups the trainable parameters for AdamW; gates and vectors (biases, norms, scales) are not decayed.
+    """Groups the trainable parameters for AdamW.
+
+    Gates and vectors (biases, norms, scales) are not decayed, nor is what L2-SP holds instead (Li et al. 2018).
 
     Raises:
         TrainingError: nothing is trainable.
     """
-    rates = learning_rates(settings)
-    prefix = getattr(model, "base_model_prefix", None) if not _is_adapted(model) else None
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {
-        (name, decay): [] for name in rates for decay in (True, False)
-    }
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            group = group_of(name, prefix)
-            groups[group, group != "gates" and parameter.ndim > 1].append(parameter)
-    if not any(groups.values()):
+    found, rates = trained_groups(model), learning_rates(settings)
+    if not any(found.values()):
         raise TrainingError(
             "The model has no trainable parameter. Attach an adapter or set adapter=null in the recipe."
         )
-    return [
-        {"name": name, "params": found, "lr": rates[name], "weight_decay": settings.weight_decay if decay else 0.0}
-        for (name, decay), found in groups.items()
-        if found
-    ]
+    held = {"gates"} | ({"backbone"} if settings.l2_sp else set()) | ({"head"} if settings.l2_head else set())
+    depths = parameter_depths(_plain(model)) if settings.layer_decay < 1 and found["backbone"] else {}
+    groups: dict[tuple[str, bool], dict[str, Any]] = {}
+    for group, members in found.items():
+        for name, parameter in members:
+            part, rate = group, rates[group]
+            if group == "methods" and _method(name) in settings.method_learning_rates:
+                part = f"methods.{_method(name)}"
+                rate = rates[part]
+            elif group == "backbone" and depths:
+                depth = depths[id(parameter)]
+                part, rate = f"backbone.{depth}", rate * settings.layer_decay**depth
+            decayed = group not in held and parameter.ndim > 1
+            decay = settings.weight_decay if decayed else 0.0
+            new = {"name": part, "params": [], "lr": rate, "weight_decay": decay}
+            groups.setdefault((part, decayed), new)["params"].append(parameter)
+    return list(groups.values())
+
+
+def make_optimizer(groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+    """Makes AdamW, in one fused kernel where the parameters' device has it."""
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    return torch.optim.AdamW(groups, fused=devices <= {"cpu", "cuda"})
 
 
 def gate_parameters(model: nn.Module) -> Mapping[str, nn.Parameter]:
@@ -68,5 +101,12 @@ def gate_parameters(model: nn.Module) -> Mapping[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if group_of(name, None) == "gates"}
 
 
-def _is_adapted(model: nn.Module) -> bool:
-    return any(".pelton." in name for name, _ in model.named_parameters())
+def _method(name: str) -> str:
+    """Returns the kind in `….pelton.methods.ADAPTER.KIND.…`."""
+    return name.partition(METHODS)[2].split(".")[1]
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """Returns the backbone under an adapter, whose names are the architecture's own."""
+    found = tuners(model)
+    return found[0].model if found else model

@@ -16,8 +16,11 @@ import transformers
 from pelton.errors import RecipeError
 from pelton.tasks.base import Task
 from pelton.tasks.load import Loaded, load_task
-from pelton.training.backbone import adapter_config, attach, load_backbone, load_processor, locate
+from pelton.training.backbone import adapter_config, attach, freeze, load_backbone, load_processor, locate
+from pelton.training.feasible import require_adapter, require_objective, require_trackers
+from pelton.training.features import require_streamable
 from pelton.training.recipe import Recipe, TrainingSettings
+from pelton.training.unfrozen import unfreeze
 from pelton.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy")
@@ -36,6 +39,8 @@ class Prepared:
 def prepare(recipe: Recipe) -> Prepared:
     """Finds, loads and checks what a recipe names: adapter, data, tokenizer, backbone, in the order of their cost."""
     config = None if recipe.adapter is None else adapter_config(recipe.adapter)
+    require_adapter(recipe, config)
+    require_trackers(recipe)
     if recipe.task.data is None:
         raise RecipeError(
             f"Recipe {recipe.name} needs data: --set task.data=DIR with train, validation and test files."
@@ -43,19 +48,24 @@ def prepare(recipe: Recipe) -> Prepared:
     locate(recipe.backbone)
     data = load_task(recipe.task, recipe.training.seed)
     require_feasible(recipe.training, data)
+    require_objective(recipe.training, data)
     recipe = _resolve(recipe, data.task)
     transformers.set_seed(recipe.training.seed)
     processor = load_processor(recipe.backbone, data.task)
-    model, new = load_backbone(recipe.backbone, data.task, processor)
+    model, new = load_backbone(recipe.backbone, data.task, processor, recipe.attention)
     data.task.start(model, partial(_batches, data, processor, recipe.training.eval_batch_size))
     if config is not None:
         model = attach(model, config, new, data.task.peft_type)
+        if recipe.training.train_backbone:
+            unfreeze(model)
+    elif recipe.adapter is not None:
+        model = freeze(model, new)
     return Prepared(recipe, data, processor, model)
 
 
 def _batches(data: Loaded, processor: Any, size: int) -> Iterator[Mapping[str, Any]]:
-    """Encodes and collates the training examples."""
-    task, examples = data.task, data.splits["train"]
+    """Encodes and collates the training examples; of streamed ones the first."""
+    task, examples = data.task, data.splits["train"] if data.stream is None else next(data.stream.examples())
     rows, collate = task.encode(examples.inputs, processor, examples.targets), task.collator(processor)
     for start in range(0, len(rows), size):
         yield collate([rows[i] for i in range(start, min(start + size, len(rows)))])
@@ -71,6 +81,8 @@ def require_feasible(settings: TrainingSettings, data: Loaded) -> None:
         )
     if settings.early_stopping_patience is not None and "validation" not in data.splits:
         raise RecipeError("training.early_stopping_patience needs validation rows. Raise task.validation_fraction.")
+    if data.stream is not None:
+        require_streamable(settings)
     if settings.precision == "fp16" and not torch.cuda.is_available():
         raise RecipeError("training.precision fp16 needs a GPU, and there is none. Use fp32 or bf16.")
 

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
+from pelton.errors import nearest
+from pelton.methods import METHODS
 from pelton.tasks.load import AnySettings
+from pelton.training.sections import (
+    BatchingSettings,
+    Count,
+    LossSettings,
+    PenaltySettings,
+    Rate,
+    Section,
+    Steps,
+    Weight,
+)
 
-Count = Annotated[int, Field(ge=1)]
-Rate = Annotated[float, Field(gt=0.0)]
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
 
 
-class _Section(BaseModel):
-    """A part of a recipe: frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class AdapterSettings(_Section):
+class AdapterSettings(Section):
     """What is attached to the backbone: a preset, or methods under a gate.
 
     Attributes:
-        preset: `default`, `unipelt`, `unipelt_ap`, or one method's kind for that method alone, ungated.
+        preset: `default`, `unipelt`, `unipelt_ap`, one method's kind for that method alone, ungated, or `head` for no
+            method at all: the head is trained on a frozen backbone.
         methods: A list of `{kind: …}`, instead of a preset.
         gate: A `{kind: …}`; takes the place of the preset's own gate.
         modules_to_save: Modules trained in full beside the adapter; the task's head when not given.
@@ -40,7 +46,7 @@ class AdapterSettings(_Section):
         return self
 
 
-class TrainingSettings(_Section):
+class TrainingSettings(Section):
     """How the run learns.
 
     Attributes:
@@ -52,21 +58,34 @@ class TrainingSettings(_Section):
         learning_rate: Of the methods.
         gate_learning_rate: Of the gates; `learning_rate` when not given.
         head_learning_rate: Of the head; `learning_rate` when not given.
+        method_learning_rates: Of single kinds of methods, `{prefix: 1.0e-2}`, instead of `learning_rate`.
         backbone_learning_rate: Of the backbone, where it is not frozen.
-        weight_decay: Of matrices; gates, biases and norms have none.
-        schedule: How the learning rates fall to zero.
+        train_backbone: Trains the whole backbone together with the adapter; with `adapter: null` it always is.
+        layer_decay: What a block of a trained backbone learns at, as a factor of the rate of the block above;
+            embeddings learn slowest.
+        weight_decay: Of matrices; gates, biases and norms have none, nor has what L2-SP holds.
+        l2_sp: Weight λ of λ·‖θ − θ₀‖², which holds a trained backbone near its pretrained weights (L2-SP).
+        l2_head: Weight of ‖head‖², L2-SP's other term.
+        loss: See `LossSettings`.
+        schedule: How the learning rates fall after their warm-up; `constant` leaves them.
         warmup_ratio: Share of the steps in which they rise first.
         max_grad_norm: Gradients are scaled down to this norm; 0 leaves them.
         gate_warmup_steps: Steps in which the gates stay at their initial value.
+        gate_temperature_end: The gates' temperature when training ends; it gets there from the gate's own in equal
+            ratios a step. The temperature of the checkpoint that is kept is saved with it.
+        penalty: See `PenaltySettings`.
         evaluate_every: Steps between two evaluations and checkpoints; an epoch when not given.
         early_stopping_patience: Evaluations without a better score after which training ends; never when not given.
         early_stopping_min_delta: By how much a score must be better to count.
         metric_for_best: The validation metric that chooses the checkpoint; `score` is the mean of `task.score`.
         seed: Of the sampled examples, the initial weights, the order of the data and dropout.
-        group_by_length: Makes batches of examples of like length, which saves padding.
+        group_by_length: Makes batches of `batch_size` examples of like length, which saves padding.
+        batching: See `BatchingSettings`.
         gradient_checkpointing: Computes activations twice instead of keeping them.
         precision: fp32, or automatic mixed precision.
         log_every: Steps between two entries of the history.
+        trackers: Who is told of losses, scores and gates beside the run's own history: `tensorboard` (files in the
+            run's `logs`), `wandb`, `mlflow`; `none` of them.
     """
 
     epochs: Rate = 10.0
@@ -77,30 +96,69 @@ class TrainingSettings(_Section):
     learning_rate: Rate = 1e-3
     gate_learning_rate: Rate | None = None
     head_learning_rate: Rate | None = None
+    method_learning_rates: dict[str, Rate] = Field(default_factory=dict)
     backbone_learning_rate: Rate = 2e-5
-    weight_decay: Annotated[float, Field(ge=0.0)] = 0.01
-    schedule: Literal["linear", "cosine"] = "linear"
+    train_backbone: bool = False
+    layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    weight_decay: Weight = 0.01
+    l2_sp: Weight = 0.0
+    l2_head: Weight = 0.0
+    loss: LossSettings = LossSettings()
+    schedule: Literal["linear", "cosine", "inverse_sqrt", "constant"] = "linear"
     warmup_ratio: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.06
-    max_grad_norm: Annotated[float, Field(ge=0.0)] = 1.0
-    gate_warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Weight = 1.0
+    gate_warmup_steps: Steps = 0
+    gate_temperature_end: Rate | None = None
+    penalty: PenaltySettings = PenaltySettings()
     evaluate_every: Count | None = None
     early_stopping_patience: Count | None = None
-    early_stopping_min_delta: Annotated[float, Field(ge=0.0)] = 0.0
+    early_stopping_min_delta: Weight = 0.0
     metric_for_best: str = "score"
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     group_by_length: bool = False
+    batching: BatchingSettings = BatchingSettings()
     gradient_checkpointing: bool = False
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     log_every: Count = 10
+    trackers: tuple[Tracker, ...] = ("tensorboard",)
+
+    @field_validator("trackers", mode="before")
+    @classmethod
+    def _none_or_one(cls, value: Any) -> Any:
+        if value is None or value == "none":
+            return ()
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("method_learning_rates")
+    @classmethod
+    def _known_methods(cls, rates: dict[str, float]) -> dict[str, float]:
+        for kind in rates:
+            if kind not in METHODS:
+                guess = nearest(kind, METHODS)
+                hint = f" (did you mean {guess!r}?)" if guess else ""
+                raise ValueError(f"there is no method {kind!r}{hint}; keys are {', '.join(METHODS)}")
+        return rates
+
+    @model_validator(mode="after")
+    def _one_balance_and_one_order(self) -> Self:
+        if self.batching.oversample and self.loss.class_weights != "none":
+            raise ValueError(
+                "batching.oversample and loss.class_weights=inverse both balance the classes: choose one of them"
+            )
+        for key in ("oversample", "tokens"):
+            if self.group_by_length and getattr(self.batching, key):
+                raise ValueError(f"group_by_length and batching.{key} exclude each other: choose one order of examples")
+        return self
 
 
-class Recipe(_Section):
+class Recipe(Section):
     """A complete, runnable description of one training.
 
     Attributes:
         name: What the run's folder is called after.
         description: One line for `pelton recipes`.
         backbone: A hub name, a local folder, or `pkg:package/folder` for one inside an installed Python package.
+        attention: How attention is computed, in the words of transformers (`eager`, `sdpa` …); its choice when not given.
         task: The data and the head.
         adapter: What is attached; null trains the whole backbone instead.
         training: How the run learns.
@@ -110,6 +168,7 @@ class Recipe(_Section):
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "run"
     description: str = ""
     backbone: str
+    attention: str | None = None
     task: AnySettings
     adapter: AdapterSettings | None = AdapterSettings()
     training: TrainingSettings = TrainingSettings()
@@ -122,3 +181,28 @@ class Recipe(_Section):
         if isinstance(values, dict) and isinstance(values.get("task"), dict):
             return {**values, "task": {"kind": "text-classification", **values["task"]}}
         return values
+
+    @property
+    def trains_backbone(self) -> bool:
+        """Whether the pretrained weights are trained."""
+        return self.adapter is None or self.training.train_backbone
+
+    @model_validator(mode="after")
+    def _what_is_set_is_there(self) -> Self:
+        """Refuses settings of what is not trained, or not attached."""
+        training = self.training
+        held = [key for key in ("layer_decay", "l2_sp") if getattr(training, key) != _default(key)]
+        if held and not self.trains_backbone:
+            raise ValueError(
+                f"training.{held[0]} is for a backbone that is trained, and it is frozen: set "
+                "training.train_backbone=true, or adapter=null"
+            )
+        gated = ("train_backbone", "method_learning_rates", "gate_temperature_end", "gate_warmup_steps", "penalty")
+        lost = [key for key in gated if getattr(training, key) != _default(key)]
+        if lost and self.adapter is None:
+            raise ValueError(f"training.{lost[0]} is for an adapter, and adapter is null: leave one of them out")
+        return self
+
+
+def _default(key: str) -> Any:
+    return TrainingSettings.model_fields[key].get_default(call_default_factory=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ from peft import PeftModel
 from pelton.errors import TrainingError
 from pelton.tasks.base import Examples, Task
 from pelton.tasks.load import load_task, restore_task
-from pelton.training.backbone import load_backbone, load_processor, load_trained, quiet
+from pelton.training.backbone import adapter_config, load_backbone, load_processor, load_trained, quiet
 from pelton.training.folder import RunFolder
-from pelton.training.inference import infer
+from pelton.training.inference import infer, pass_over
 from pelton.training.loading import load_recipe
 from pelton.training.recipe import Recipe
 
@@ -70,12 +70,23 @@ class Run:
 
         Args:
             examples: As `Task.check` gives them.
-            features: What `Task.encode` made of their inputs, where that is at hand.
+            features: What `Task.judged` made of them, where that is at hand.
         """
         if features is None:
-            features = self.task.encode(examples.inputs, self.processor)
+            features = self.task.judged(examples, self.processor)
         values = self.task.evaluate(examples, features, self._infer(features))
         return {**values, "score": self.task.score(values)}
+
+    def calibrated(self, examples: Examples, features: Any) -> Run:
+        """Returns the run with what its task chooses on validation examples, and writes that into its folder.
+
+        Args:
+            examples: As `Task.check` gives them.
+            features: What `Task.judged` made of them.
+        """
+        task = self.task.calibrate(examples, features, self._infer(features))
+        self.folder.write("task", task.stored())
+        return replace(self, task=task)
 
     def outputs(self, inputs: Sequence[Any], *, sort: bool = True) -> list[Any]:
         """Returns what the task keeps of a forward, such as logits, for each feature of the inputs.
@@ -86,6 +97,14 @@ class Run:
         """
         return self._infer(self.task.encode(inputs, self.processor), sort=sort)
 
+    def forward(self, features: Any) -> None:
+        """Runs the model once over features, in their order, for what hooks see of it.
+
+        Args:
+            features: As `Task.judged` or `Task.encode` gives them.
+        """
+        pass_over(self.model, self.task, features, self.processor, **self._options())
+
     def _infer(self, features: Any, sort: bool = True) -> list[Any]:
         return infer(self.model, self.task, features, self.processor, sort=sort, **self._options())
 
@@ -95,7 +114,10 @@ class Run:
 
 
 def _load_model(folder: RunFolder, recipe: Recipe, task: Task[Any], processor: Any) -> Any:
-    if recipe.adapter is None:
-        return load_trained(task, folder.model)
-    model, _ = load_backbone(recipe.backbone, task, processor)
+    if recipe.adapter is None or adapter_config(recipe.adapter) is None:
+        return load_trained(task, folder.model, recipe.attention)
+    if recipe.training.train_backbone:
+        model = load_trained(task, folder.model, recipe.attention)
+    else:
+        model, _ = load_backbone(recipe.backbone, task, processor, recipe.attention)
     return PeftModel.from_pretrained(model, folder.adapter)

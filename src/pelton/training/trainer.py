@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers.trainer_pt_utils import LabelSmoother
 
 from pelton.errors import TrainingError
-from pelton.tasks.base import LOWER_IS_BETTER
+from pelton.tasks.base import LOWER_IS_BETTER, Task
+from pelton.training.anchor import make_anchor
+from pelton.training.batching import EachEpoch, TokenBatches, make_sampler
 from pelton.training.folder import RunFolder
-from pelton.training.optimizer import parameter_groups
+from pelton.training.losses import make_loss
+from pelton.training.optimizer import make_optimizer, parameter_groups, trained_groups
 from pelton.training.recipe import TrainingSettings
+from pelton.training.trackers import log_into
+from pelton.training.unfrozen import load_weights, save_weights
+from pelton.tuner.controls import gate_penalty
+from pelton.tuner.penalise import share_of_step
 
 Judge = Callable[[], dict[str, float]]
 
@@ -29,28 +39,110 @@ CHECKPOINTING = next(
 class GatedTrainer(Trainer):  # type: ignore[misc]
     """A Trainer for a Pelton adapter, or for the whole backbone."""
 
-    def __init__(self, settings: TrainingSettings, folder: RunFolder, judge: Judge | None, **options: Any) -> None:
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        folder: RunFolder,
+        judge: Judge | None,
+        *,
+        task: Task[Any],
+        targets: Sequence[Any] | None,
+        **options: Any,
+    ) -> None:
         """Makes the trainer.
 
         Args:
             settings: The recipe's.
             folder: The run's.
             judge: Computes the validation metrics of the model; None where there are no validation rows.
+            task: What is learned.
+            targets: Of the training examples; None where they are streamed.
             **options: Go to transformers.
         """
         super().__init__(args=training_arguments(settings, folder, judge is not None), **options)
         self.settings = settings
         self.folder = folder
         self.judge = judge
-        # Classifiers average their loss over a batch whatever they are told: accumulated batches are averaged here.
-        self.model_accepts_loss_kwargs = False
+        # A classifier averages its loss over a batch whatever it is told: the trainer averages accumulated batches.
+        # A language model is told how many tokens the accumulated batches have, and divides by these.
+        self.model_accepts_loss_kwargs = task.loss_counts_tokens
         self.remove_callback(PrinterCallback)
+        log_into(self, folder.logs)
+        self.criterion = make_loss(settings.loss, task, targets)
+        if settings.loss.label_smoothing and self.criterion is None:
+            self.label_smoother: Any = LabelSmoother(settings.loss.label_smoothing)
+        self.anchor = make_anchor(trained_groups(self.model), settings.l2_sp, settings.l2_head)
+        self.sampler = make_sampler(settings, self.train_dataset, targets, self.accelerator.num_processes)
+        if self.sampler is not None:
+            self.add_callback(EachEpoch(self.sampler.generator, settings.seed))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes AdamW over the groups of `parameter_groups`."""
         if self.optimizer is None:
-            self.optimizer: Any = torch.optim.AdamW(parameter_groups(model or self.model, self.settings))
+            self.optimizer: Any = make_optimizer(parameter_groups(model or self.model, self.settings))
         return self.optimizer
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """Makes the batches; those of a token budget have no fixed size, and are shared out whole."""
+        if not isinstance(self.sampler, TokenBatches):
+            return super().get_train_dataloader()  # type: ignore[no-any-return]
+        loader: DataLoader[Any] = DataLoader(
+            self.train_dataset,
+            batch_sampler=self.sampler,
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)  # type: ignore[no-any-return]
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Returns the recipe's sampler, or transformers' own."""
+        return super()._get_train_sampler(train_dataset) if self.sampler is None else self.sampler
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Returns the loss of a batch: the task's or the recipe's, gate penalties, and L2-SP."""
+        # A loss that is divided by all accumulated tokens is a share of the step's: so must be what is added to it.
+        total = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        share = share_of_step(self.model, inputs.get("labels"), total)
+        if total is not None:  # counted over all processes, whose gradients are then averaged
+            share = share * self.accelerator.num_processes
+        with gate_penalty(model) as penalty:
+            if self.criterion is None:
+                loss, outputs = super().compute_loss(model, self._with_decoder(inputs), True, num_items_in_batch)
+            else:
+                outputs = model(**inputs)
+                loss = self.criterion(outputs["logits"], inputs["labels"]) * share
+        extra = penalty().to(loss.device) / max(1, self.args.n_gpu)
+        if self.anchor is not None:
+            extra = extra + self.anchor()
+        loss = loss + extra * share
+        return (loss, outputs) if return_outputs else loss
+
+    def _with_decoder(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Adds the decoder's inputs, which an encoder-decoder makes of the labels that the smoother takes away."""
+        make = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+        if self.label_smoother is None or make is None or "decoder_input_ids" in inputs:
+            return inputs
+        return {**inputs, "decoder_input_ids": make(labels=inputs["labels"])}
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """Saves a checkpoint's weights; those of a backbone that learns beside its adapter, too."""
+        super()._save(output_dir, state_dict)
+        if self.settings.train_backbone and self.args.should_save:
+            save_weights(self.model, Path(output_dir or self.args.output_dir))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Reads a checkpoint's weights, likewise."""
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self.settings.train_backbone:
+            load_weights(self.model, Path(resume_from_checkpoint))
+
+    def _load_best_model(self) -> None:
+        """Reads the best checkpoint's weights, likewise."""
+        super()._load_best_model()
+        if self.settings.train_backbone:
+            load_weights(self.model, Path(str(self.state.best_model_checkpoint)))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -92,11 +184,10 @@ def training_arguments(settings: TrainingSettings, folder: RunFolder, validated:
         num_train_epochs=settings.epochs,
         max_steps=settings.max_steps or -1,
         per_device_train_batch_size=settings.batch_size,
-        train_sampling_strategy="group_by_length" if settings.group_by_length else "random",
         per_device_eval_batch_size=settings.eval_batch_size,
         gradient_accumulation_steps=settings.gradient_accumulation,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type=settings.schedule,
+        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
         warmup_steps=settings.warmup_ratio,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
@@ -117,7 +208,8 @@ def training_arguments(settings: TrainingSettings, folder: RunFolder, validated:
         logging_steps=settings.log_every,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        report_to="none",
+        report_to=list(settings.trackers),
+        run_name=folder.path.name,
         log_level="error",
         dataloader_pin_memory=torch.cuda.is_available(),
         **{CHECKPOINTING: settings.gradient_checkpointing},

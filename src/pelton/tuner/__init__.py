@@ -2,11 +2,21 @@
 
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.config import PeltonConfig
-from pelton.tuner.controls import gated_blocks, set_methods, set_stage
+from pelton.tuner.controls import gate_penalty, gated_blocks, set_methods, set_stage, set_temperature
 from pelton.tuner.model import PeltonModel
 from pelton.tuner.register import register
 from pelton.tuner.summary import gate_summary
 
 register(PeltonConfig, PeltonModel)
 
-__all__ = ["GatedBlock", "PeltonConfig", "PeltonModel", "gate_summary", "gated_blocks", "set_methods", "set_stage"]
+__all__ = [
+    "GatedBlock",
+    "PeltonConfig",
+    "PeltonModel",
+    "gate_penalty",
+    "gate_summary",
+    "gated_blocks",
+    "set_methods",
+    "set_stage",
+    "set_temperature",
+]

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_mask
+from transformers.masking_utils import find_packed_sequence_indices
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pelton.methods import PrefixPart
@@ -163,7 +164,7 @@ def _additive(
 ) -> Tensor:
     """Returns the mask as one to add to the scores, [B or 1, 1, T, S]; causality that was implied is spelled out."""
     if mask is None and implementation == "sdpa" and query.shape[2] > 1:
-        mask = _visible(module, query, key, None, kwargs)
+        mask = _visible(module, query, key, None, {**kwargs, "position_ids": None})  # packed ones come with a mask
     if mask is None:
         return query.new_zeros(1, 1, query.shape[2], key.shape[2])
     if mask.dtype == torch.bool:
@@ -188,7 +189,21 @@ def _visible(
     seen = last <= now
     if kwargs.get("sliding_window"):
         seen = seen & (last > now - kwargs["sliding_window"])
-    return seen[None, None] if padding is None else seen[None, None] & padding
+    if padding is not None:
+        return seen[None, None] & padding
+    return seen[None, None] & _same_example(key.shape[2], kwargs)
+
+
+def _same_example(length: int, kwargs: dict[str, Any]) -> Tensor | bool:
+    """Tells which keys belong to the query's example in a packed sequence, [B, 1, T, T]; True where nothing is packed.
+
+    Flash kernels get no mask for packed sequences: positions that begin anew say where examples meet.
+    """
+    positions = kwargs.get("position_ids")
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] != length:  # decoding
+        return True
+    example = find_packed_sequence_indices(positions)
+    return True if example is None else example[:, None, :, None] == example[:, None, None, :]
 
 
 class _Projection:

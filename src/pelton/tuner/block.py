@@ -11,6 +11,7 @@ Letters: B batch, T tokens, D hidden, M methods. Gate values are float32, [B or 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -96,11 +97,12 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
             torch.autograd.Variable._execution_engine.queue_callback(self.close)
         for name, rows in self.routed():
             gate = self.gates[name]
-            if rows is not None:
-                mask_rows = None if mask is None else mask.expand(x.shape[:2])[rows]
-                self._values[name] = gate(x[rows], mask_rows)
-            else:
-                self._values[name] = gate(x, mask)
+            with _full_precision(x.device.type):
+                if rows is not None:
+                    mask_rows = None if mask is None else mask.expand(x.shape[:2])[rows]
+                    self._values[name] = gate(x[rows], mask_rows)
+                else:
+                    self._values[name] = gate(x, mask)
             if self.kept is not None:
                 self.kept.append((name, self._values[name], mask))
 
@@ -190,6 +192,14 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
 def gate_of(block: GatedBlock, adapter: str) -> Gate:
     """Returns an adapter's gate in a block."""
     return cast(Gate, block.gates[adapter])
+
+
+def _full_precision(device: str) -> AbstractContextManager[Any]:
+    """Switches autocast off where it is on: it would run the gates' layers in half precision, whatever they are given.
+
+    Where it is off nothing is switched, so that compiled and exported graphs stay what they are.
+    """
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def _in_slice(part: nn.Module, y: Tensor, x: Tensor, gate: Tensor, start: int | None, stop: int | None) -> Tensor:

@@ -1,12 +1,20 @@
-"""Turning methods on and off, and switching the stage of fixed gates, without attaching anything anew."""
+"""What changes on a model without attaching anything anew: which methods are on, stages, temperature, penalties."""
 
 from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
 from pelton.errors import AdapterError, unknown
+from pelton.gates.mlp import MLPGate, MLPGateModule
 from pelton.gates.static import FixedGateModule
+from pelton.registry import require
 from pelton.tuner.block import GatedBlock
+from pelton.tuner.model import PeltonModel
+from pelton.tuner.penalise import GatePenalty
 
 
 def gated_blocks(model: nn.Module) -> list[GatedBlock]:
@@ -56,3 +64,61 @@ def set_stage(model: nn.Module, stage: str) -> None:
             raise unknown("stage", stage, gate.stages)
     for gate in gates:
         gate.enter(stage)
+
+
+def set_temperature(model: nn.Module, temperature: float) -> None:
+    """Sets the temperature of every active adapter's gates, and of the spec that is saved with it.
+
+    Raises:
+        AdapterError: no active adapter has gates with a temperature.
+        SpecError: the temperature is not above 0.
+    """
+    require(temperature > 0, "temperature > 0", temperature=temperature)
+    found = [
+        (tuner, name)
+        for tuner in tuners(model)
+        for name in tuner.active_adapters
+        if isinstance(tuner.peft_config[name].gate_spec, MLPGate)
+    ]
+    if not found:
+        raise AdapterError("No gate of this model has a temperature. Use MLPGate(temperature=…).")
+    for tuner, name in found:
+        config = tuner.peft_config[name]
+        config.gate = dataclasses.replace(config.gate_spec, temperature=temperature)
+        for block in tuner.blocks():
+            gate = block.gates[name] if name in block.wirings else None
+            if isinstance(gate, MLPGateModule):
+                gate.temperature = temperature
+
+
+def set_penalty_factor(model: nn.Module, factor: float) -> None:
+    """Multiplies the gate penalties by a factor, beside the weights of the spec; for schedules. It is not saved."""
+    require(factor >= 0, "factor >= 0", factor=factor)
+    for tuner in tuners(model):
+        tuner.penalty_factor = factor
+
+
+@contextmanager
+def gate_penalty(model: nn.Module) -> Iterator[GatePenalty]:
+    """Hands the gate penalties to the caller, who computes a loss; inside, `outputs.loss` is without them.
+
+    Example:
+        with gate_penalty(model) as penalty:
+            outputs = model(**inputs)
+        loss = my_loss(outputs.logits, labels) + penalty()
+    """
+    found = tuners(model)
+    before = [tuner.penalty_taker for tuner in found]
+    taker = GatePenalty()
+    for tuner in found:
+        tuner.penalty_taker = taker
+    try:
+        yield taker
+    finally:
+        for tuner, one in zip(found, before, strict=True):
+            tuner.penalty_taker = one
+
+
+def tuners(model: nn.Module) -> list[PeltonModel]:
+    """Returns Pelton's tuners in a model, whatever it is wrapped in; none where nothing is attached."""
+    return [module for module in model.modules() if isinstance(module, PeltonModel)]

@@ -24,7 +24,7 @@ from pelton.tuner.block import GatedBlock
 from pelton.tuner.checkpoint import CheckpointKeys, check_heads
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.merge import check_foldable, fold_block
-from pelton.tuner.penalise import attach_penalties
+from pelton.tuner.penalise import GatePenalty, attach_penalties
 from pelton.tuner.plan import BlockPlan, fingerprint, make_plan
 from pelton.tuner.register import PREFIX
 from pelton.tuner.routing import routed_batch
@@ -40,6 +40,8 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
     Attributes:
         model: the backbone; its modules, names and weights are not changed.
         peft_config: the configs by adapter name.
+        penalty_factor: what the gate penalties are multiplied by; a state of this model object, not saved.
+        penalty_taker: whom they go to instead of `outputs.loss`; see `gate_penalty`.
     """
 
     prefix = PREFIX
@@ -47,6 +49,8 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
     targeted_module_names: list[str]
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 - PEFT reads it from the class
     penalty_hooks: tuple[RemovableHandle, ...] = ()
+    penalty_factor: float = 1.0
+    penalty_taker: GatePenalty | None = None
     requiring: list[tuple[nn.Parameter, bool]]
     awaited: str | None = None  # the adapter whose saved weights are still to come
 

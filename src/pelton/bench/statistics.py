@@ -1,0 +1,109 @@
+"""Means over seeds, ranks over methods, and a paired bootstrap between two methods."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import pandas as pd
+
+from pelton.bench.journal import Record
+from pelton.bench.protocol import METHODS
+
+RESAMPLES = 10_000
+
+
+def score_table(records: Sequence[Record]) -> pd.DataFrame:
+    """Returns one row a result: examples, task, method, seed, score in points (100 × test score) and cost."""
+    columns = ["examples", "task", "method", "seed", "rate", "score", "validation", "trainable", "train_seconds"]
+    rows = [{**record, "score": 100 * record["test"], "validation": 100 * record["validation"]} for record in records]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def complete(table: pd.DataFrame, methods: Sequence[str], tasks: Sequence[str], examples: int) -> pd.DataFrame:
+    """Returns the results at one data size of the seeds and tasks that every method has finished.
+
+    Methods can be compared only on the same tasks and seeds; what some lack is left out for all.
+    """
+    part = table[(table["examples"] == examples) & table["method"].isin(methods) & table["task"].isin(tasks)]
+    counts = part.groupby(["task", "seed"])["method"].nunique()
+    whole = counts[counts == len(methods)].index
+    return part.set_index(["task", "seed"]).loc[lambda frame: frame.index.isin(whole)].reset_index()
+
+
+@dataclass(frozen=True)
+class Score:
+    """A mean over seeds, its standard deviation (0 of one seed), and how many there are."""
+
+    mean: float
+    std: float
+    seeds: int
+
+
+def cells(table: pd.DataFrame) -> dict[tuple[str, str], Score]:
+    """Returns the scores by task and method."""
+    grouped = cast(Any, table.groupby(["task", "method"])["score"])
+    found = {}
+    for (task, method), scores in grouped:
+        std = float(scores.std()) if len(scores) > 1 else 0.0
+        found[str(task), str(method)] = Score(float(scores.mean()), std, len(scores))
+    return found
+
+
+def over_tasks(table: pd.DataFrame) -> pd.DataFrame:
+    """Returns each method's mean over tasks of its task means, the deviation of that over seeds, and its mean rank.
+
+    Rank 1 is the best method of a task; methods with the same score share the mean of their ranks.
+    """
+    means = table.pivot_table(index="task", columns="method", values="score")
+    seeds = table.pivot_table(index="seed", columns="method", values="score")
+    ranks = means.rank(axis=1, ascending=False)
+    return pd.DataFrame({"mean": means.mean(), "std": seeds.std().fillna(0.0), "rank": ranks.mean()})
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How much better one method is than another, in points.
+
+    Attributes:
+        left: The one.
+        right: The other.
+        difference: Mean over tasks of the mean difference over seeds.
+        low: Of the 95 % interval.
+        high: Of the 95 % interval.
+        better: Share of the resamples in which the first is better.
+    """
+
+    left: str
+    right: str
+    difference: float
+    low: float
+    high: float
+    better: float
+
+
+def paired_bootstrap(table: pd.DataFrame, left: str, right: str, seed: int = 0) -> Comparison:
+    """Compares two methods by resampling pairs of runs: same task, same rows, same seed.
+
+    Each of the resamples draws tasks with replacement, and within a task seeds with replacement (Efron and Tibshirani
+    1993, section 8); the statistic is the mean over tasks of the mean difference.
+    """
+    wide = table.pivot_table(index=["task", "seed"], columns="method", values="score")
+    pairs = (wide[left] - wide[right]).dropna()
+    by_task = [group.to_numpy() for _, group in pairs.groupby(level="task")]
+    random = np.random.default_rng(seed)
+    drawn = np.stack([random.choice(group, size=(RESAMPLES, len(group))).mean(axis=1) for group in by_task])  # [K, N]
+    which = random.integers(len(by_task), size=(len(by_task), RESAMPLES))
+    means = np.take_along_axis(drawn, which, axis=0).mean(axis=0)
+    low, high = np.quantile(means, [0.025, 0.975])
+    difference = float(np.mean([group.mean() for group in by_task]))
+    return Comparison(left, right, difference, float(low), float(high), float((means > 0).mean()))
+
+
+def best_single(table: pd.DataFrame) -> str | None:
+    """Returns the single method with the best mean over tasks, or None where there is none."""
+    means = over_tasks(table)["mean"]
+    singles = [name for name in means.index if name not in METHODS or METHODS[name].single]
+    return str(means[singles].idxmax()) if singles else None

@@ -1,0 +1,79 @@
+"""What a recipe asks of its adapter, its task and this machine: refused before anything is loaded or made."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+from pelton.errors import RecipeError, nearest
+from pelton.gates.mlp import MLPGate
+from pelton.gates.penalties import wanted
+from pelton.tasks.load import Loaded
+from pelton.training.losses import class_count, require_loss
+from pelton.training.recipe import Recipe, TrainingSettings
+from pelton.training.sections import PenaltySettings
+from pelton.tuner.config import PeltonConfig
+
+
+def require_adapter(recipe: Recipe, config: PeltonConfig | None) -> None:
+    """Raises RecipeError where training asks for what the adapter does not have.
+
+    Args:
+        recipe: The recipe.
+        config: Its adapter; None where only the head, or everything, is trained.
+    """
+    settings = recipe.training
+    if config is None:
+        if recipe.adapter is not None and settings.train_backbone:
+            raise RecipeError("training.train_backbone and adapter.preset=head exclude each other: head freezes it.")
+        return
+    kinds = [spec.kind for spec in config.specs]
+    for kind in settings.method_learning_rates:
+        if kind not in kinds:
+            guess = nearest(kind, kinds)
+            hint = f" Did you mean {guess!r}?" if guess else ""
+            raise RecipeError(
+                f"training.method_learning_rates has a rate for {kind!r}, but the adapter has {', '.join(kinds)}.{hint}"
+            )
+    gate = config.gate_spec
+    if settings.gate_temperature_end is not None and not isinstance(gate, MLPGate):
+        raise RecipeError(
+            f"training.gate_temperature_end needs a gate with a temperature (mlp), but the gate is {gate.kind!r}."
+        )
+    if settings.penalty != PenaltySettings() and not wanted(gate):
+        raise RecipeError(
+            "training.penalty schedules the gate's penalties, but it has none. Set adapter.gate.entropy, "
+            "adapter.gate.balance or, with sigmoid, adapter.gate.l1."
+        )
+
+
+def require_objective(settings: TrainingSettings, data: Loaded) -> None:
+    """Raises RecipeError where the loss or the batches make no sense for the kind of task, or for streamed rows."""
+    task = data.task
+    require_loss(settings.loss, task)
+    whole = {
+        "loss.class_weights=inverse": settings.loss.class_weights == "inverse",
+        "batching.oversample": settings.batching.oversample,
+        "batching.tokens": settings.batching.tokens is not None,
+    }
+    asked = [key for key, on in whole.items() if on]
+    if data.stream is not None and asked:
+        raise RecipeError(
+            f"training.{asked[0]} needs all training rows before the first step, which task.streaming never has: "
+            "leave one of them out."
+        )
+    if settings.l2_head and not task.new_head:
+        raise RecipeError(f"training.l2_head is for a new head, but {task.settings.kind} uses the pretrained one.")
+    if settings.batching.oversample and (class_count(task) is None or task.peft_type == "TOKEN_CLS"):
+        raise RecipeError(
+            f"training.batching.oversample draws examples by their class, and those of {task.settings.kind} do not "
+            "have one each. Leave it out."
+        )
+
+
+def require_trackers(recipe: Recipe) -> None:
+    """Raises RecipeError where a tracker is not installed."""
+    for name in recipe.training.trackers:
+        if find_spec(name) is None:
+            raise RecipeError(
+                f"training.trackers names {name}, which is not installed: pip install {name}, or leave it out."
+            )

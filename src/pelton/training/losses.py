@@ -1,0 +1,119 @@
+"""Losses for classes that are not equally frequent or equally hard: class weights, focal loss, label smoothing.
+
+Letters: N examples or tokens, C classes. q is the label's distribution (smoothed: 1 − ε on the label, ε/C everywhere),
+w the classes' weights, p the model's probabilities:
+
+    loss = Σ_n Σ_c q_nc w_c (1 − p_nc)^γ (−log p_nc) / Σ_n w_y(n)
+
+γ = 0 is PyTorch's cross-entropy with weights and smoothing; γ > 0 is the focal loss of Lin et al. 2017 (arXiv
+1708.02002, equation 5). What the labels mark with −100 does not count.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from pelton.errors import RecipeError
+from pelton.tasks.base import Task
+from pelton.training.sections import LossSettings
+
+IGNORED = -100
+LANGUAGE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+_TINY = 1e-7
+
+
+class ClassLoss:
+    """The loss of a recipe, for logits and labels of classes."""
+
+    def __init__(self, settings: LossSettings, weights: Tensor | None) -> None:
+        """Makes the loss; `weights` [C] count classes, all alike when None."""
+        self.gamma = settings.gamma if settings.kind == "focal" else 0.0
+        self.smoothing = settings.label_smoothing
+        self.weights = weights
+
+    def __call__(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Returns the mean loss, float32.
+
+        Args:
+            logits: [..., C].
+            labels: [...], ids of classes or −100.
+        """
+        rows, classes = logits.float().flatten(0, -2), labels.flatten()  # [N, C], [N]
+        weights = None if self.weights is None else self.weights.to(rows.device)
+        if not self.gamma:
+            return F.cross_entropy(rows, classes, weights, ignore_index=IGNORED, label_smoothing=self.smoothing)
+        log_p = rows.log_softmax(dim=-1)
+        log_p = (1 - log_p.exp()).clamp_min(_TINY) ** self.gamma * log_p
+        loss = F.nll_loss(log_p, classes, weights, ignore_index=IGNORED)
+        if self.smoothing:
+            loss = (1 - self.smoothing) * loss + self.smoothing * _spread(log_p, classes, weights)
+        return loss
+
+
+def _spread(log_p: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Returns the loss under labels that are spread evenly over all classes."""
+    kept = labels != IGNORED
+    each = torch.ones_like(log_p[0]) if weights is None else weights
+    return -(log_p[kept] * each).mean(dim=-1).sum() / each[labels[kept]].sum()
+
+
+def make_loss(settings: LossSettings, task: Task[Any], targets: Sequence[Any] | None) -> ClassLoss | None:
+    """Makes the loss that a recipe asks for; None where the model's own is wanted, or the task has no classes.
+
+    Args:
+        settings: The recipe's.
+        task: Says which classes there are.
+        targets: The class of each training example, or the classes of its words.
+    """
+    classes = class_count(task)
+    if settings.is_plain or classes is None:
+        return None
+    if settings.class_weights == "none" or targets is None:
+        return ClassLoss(settings, None)
+    weights = inverse_frequency(count_classes(targets, classes))
+    return ClassLoss(settings, torch.tensor(weights, dtype=torch.float32))
+
+
+def count_classes(targets: Sequence[Any], classes: int) -> NDArray[np.integer]:
+    """Returns how often each class occurs, [C]."""
+    listed = len(targets) > 0 and isinstance(targets[0], Sequence)
+    labels = np.fromiter(chain.from_iterable(targets) if listed else targets, dtype=np.int64)
+    return np.bincount(labels[labels >= 0], minlength=classes)
+
+
+def inverse_frequency(counts: NDArray[np.integer]) -> NDArray[np.floating]:
+    """Returns weights [C] in proportion to 1 / count, whose mean is 1; a class that does not occur weighs 1."""
+    weights = np.ones(len(counts))
+    seen = counts > 0
+    weights[seen] = 1 / counts[seen]
+    weights[seen] /= weights[seen].mean()
+    return weights
+
+
+def class_count(task: Task[Any]) -> int | None:
+    """Returns how many classes a task tells apart; None where its targets are no classes."""
+    names = task.model_options().get("id2label")
+    return None if names is None else len(names)
+
+
+def require_loss(settings: LossSettings, task: Task[Any]) -> None:
+    """Raises RecipeError where a loss makes no sense for a kind of task."""
+    if settings.is_plain or class_count(task) is not None:
+        return
+    kind = task.settings.kind
+    if task.peft_type not in LANGUAGE:
+        raise RecipeError(f"training.loss is for classes, and {kind} has none: leave training.loss out.")
+    if settings.needs_classes:
+        key = "kind=focal" if settings.kind == "focal" else "class_weights=inverse"
+        raise RecipeError(
+            f"training.loss.{key} is for a few classes, but {kind} predicts the tokens of a vocabulary, most of which "
+            "never occur in the data. Of training.loss only label_smoothing applies to it."
+        )
