@@ -225,7 +225,9 @@ def _collect(path: Path, rows: Iterator[tuple[int, Row]]) -> Table:
         for key, value in row.items():
             if isinstance(value, str) and not value.isascii():
                 _require_utf8(path, number, key, value)
-            columns.setdefault(key, [None] * len(lines)).append(value)
+            if key not in columns:
+                columns[key] = [None] * len(lines)
+            columns[key].append(value)
         lines.append(number)
         for values in columns.values():
             if len(values) < len(lines):
