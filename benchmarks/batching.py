@@ -1,15 +1,15 @@
 """What batches of like length save: real tokens a second of training, against batches drawn at random.
 
 It prints one JSON line: for each way to batch, the real (non-padding) tokens a second, the share of real tokens in its
-batches, and its ratio to random batches of as many rows. Training steps of MiniLM with Pelton's default adapter, dropout
-on; the rows' own lengths. In each round every way trains on a few batches of its epoch, one after the other in changing
-order, in one process; a ratio is the median over rounds and seeds, `spread` the interquartile range.
+batches, and its ratio to random batches of as many rows. Training steps of MiniLM with Pelton's default adapter,
+dropout on; the rows' own lengths. In each round every way trains on a few batches of its epoch, one after the other in
+changing order, in one process; a ratio is the median over rounds and seeds, `spread` the interquartile range.
 
 random        batches of `rows` rows in random order
 grouped       `group_by_length: true`: as many rows of like length (transformers' sampler)
 budget        `batching.tokens`: as many tokens with padding as an average random batch has
 
-    python benchmarks/batching.py --data FOLDER [--rounds 5] [--seeds 3]
+    python benchmarks/batching.py --data FOLDER [--rounds 4] [--seeds 3]
 
 FOLDER holds MNLI's train.jsonl or train.jsonl.gz (premise, hypothesis, label).
 """
@@ -92,8 +92,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--rows", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=4, help="of each way in a round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--batches", type=int, default=3, help="of each way in a round")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     logging.set_verbosity_error()
@@ -121,7 +121,7 @@ def main() -> None:
                 speeds[way].append(sum(int(lengths[batch].sum()) for batch in part) / seconds)
     result: dict[str, Any] = {
         "rows": args.rows,
-        "budget": budgets,
+        "tokens": budgets,
         "threads": torch.get_num_threads(),
         "seeds": args.seeds,
         "rounds": args.rounds,

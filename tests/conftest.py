@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: threads only get i
 import pytest
 import torch
 
+from fits import backbone, make  # noqa: F401 - fixtures of every test of training
 from zoo import ARCHS, Arch
 
 

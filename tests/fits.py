@@ -1,4 +1,7 @@
-"""What tests of training share: recipes over tiny data, callbacks that act at one step, a run's weights."""
+"""What tests of training share: recipes over tiny data, a callback that acts at one step, a run's weights.
+
+`conftest.py` takes the fixtures in.
+"""
 
 from __future__ import annotations
 
@@ -45,14 +48,18 @@ def make(backbone: Path, tmp_path: Path) -> Make:
     return build
 
 
-class At(TrainerCallback):
-    """Does something at the end of one step."""
+class At(TrainerCallback):  # type: ignore[misc]
+    """Does something at the end of one step, or before its optimiser step."""
 
-    def __init__(self, step: int, act: Callable[[Any], None]) -> None:
-        self.step, self.act = step, act
+    def __init__(self, step: int, act: Callable[[Any], None], before: bool = False) -> None:
+        self.step, self.act, self.before = step, act, before
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        if self.before and state.global_step + 1 == self.step:
+            self.act(model)
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        if state.global_step == self.step:
+        if not self.before and state.global_step == self.step:
             self.act(model)
 
 

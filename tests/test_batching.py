@@ -14,7 +14,7 @@ import torch
 from accelerate.data_loader import BatchSamplerShard
 from transformers import TrainerCallback
 
-from fits import GATED, At, Make, assert_same, backbone, make, press_ctrl_c, weights  # noqa: F401 - fixtures
+from fits import At, Make, assert_same, press_ctrl_c, weights
 from pelton.errors import RecipeError
 from pelton.training.batching import TokenBatches, balanced, feature_lengths
 from pelton.training.fit import Interrupted, fit, resume
@@ -81,7 +81,9 @@ def test_processes_share_the_batches_evenly(processes: int, count: int) -> None:
 
 
 def test_an_example_over_the_budget_is_named() -> None:
-    with pytest.raises(RecipeError, match=r"longest training example, which has 90 tokens \(example 3 of 4\). Raise it"):
+    with pytest.raises(
+        RecipeError, match=r"longest training example, which has 90 tokens \(example 3 of 4\). Raise it"
+    ):
         TokenBatches([5, 7, 90, 6], 64)
 
 
@@ -138,7 +140,7 @@ ORDERS: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 @pytest.mark.parametrize("step", [2, 9])
-def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(make: Make, order: Any, step: int) -> None:  # noqa: F811
+def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(make: Make, order: Any, step: int) -> None:
     settings = {"epochs": 4, "evaluate_every": 3, **order}
     whole = fit(make(**settings))
     with pytest.raises(Interrupted) as stopped:
@@ -146,7 +148,7 @@ def test_a_resumed_run_sees_the_batches_of_an_uninterrupted_one(make: Make, orde
     assert_same(weights(whole), weights(resume(stopped.value.folder)))
 
 
-def test_a_token_budget_bounds_the_batches_of_a_run(make: Make) -> None:  # noqa: F811
+def test_a_token_budget_bounds_the_batches_of_a_run(make: Make) -> None:
     seen = Seen()
     run = fit(make(batching={"tokens": 40}), callbacks=[seen])
     assert all(rows * width <= 40 for rows, width in seen.batches)
@@ -155,7 +157,7 @@ def test_a_token_budget_bounds_the_batches_of_a_run(make: Make) -> None:  # noqa
     assert run.folder.read("metrics")["steps"] == len(seen.batches)
 
 
-def test_oversampling_balances_a_run(make: Make, tmp_path: Path) -> None:  # noqa: F811
+def test_oversampling_balances_a_run(make: Make, tmp_path: Path) -> None:
     rows = [row for i, row in enumerate(sentences(80)) if row["label"] == "warm" or i % 10 == 1]
     (tmp_path / "data").mkdir()
     for name in ("train", "validation"):
@@ -172,37 +174,46 @@ def test_oversampling_balances_a_run(make: Make, tmp_path: Path) -> None:  # noq
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"batching": {"tokens": 4, "oversample": True}}, "training.batching: oversample and tokens exclude each other"),
+        (
+            {"batching": {"tokens": 4, "oversample": True}},
+            "training.batching: oversample and tokens exclude each other",
+        ),
         ({"batching": {"tokens": 4}, "group_by_length": True}, "group_by_length and batching.tokens exclude"),
-        ({"batching": {"oversample": True}, "group_by_length": True}, "group_by_length and batching.oversample exclude"),
+        (
+            {"batching": {"oversample": True}, "group_by_length": True},
+            "group_by_length and batching.oversample exclude",
+        ),
         (
             {"batching": {"oversample": True}, "loss": {"class_weights": "inverse"}},
             "batching.oversample and loss.class_weights=inverse both balance the classes",
         ),
-        ({"batching": {"tokens": 0}}, "training.batching.tokens: input should be greater than or equal to 1, but got 0"),
+        (
+            {"batching": {"tokens": 0}},
+            "training.batching.tokens: input should be greater than or equal to 1, but got 0",
+        ),
         ({"batching": {"token": 9}}, "unknown key 'training.batching.token'. Did you mean 'training.batching.tokens'?"),
     ],
 )
-def test_orders_that_do_not_go_together(make: Make, change: Any, message: str) -> None:  # noqa: F811
+def test_orders_that_do_not_go_together(make: Make, change: Any, message: str) -> None:
     with pytest.raises(RecipeError) as error:
         make(**change)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_classes_that_examples_do_not_have(make: Make, tmp_path: Path) -> None:  # noqa: F811
+def test_classes_that_examples_do_not_have(make: Make, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     write_jsonl(tmp_path / "data" / "train.jsonl", [{"text": "the film", "label": i / 7} for i in range(24)])
-    with pytest.raises(RecipeError, match="training.batching.oversample draws examples by their class"):
+    with pytest.raises(RecipeError, match=r"training.batching.oversample draws examples by their class"):
         fit(make(task={"kind": "text-regression"}, batching={"oversample": True}))
 
 
-def test_a_budget_that_is_too_small_fails_before_a_step(make: Make) -> None:  # noqa: F811
+def test_a_budget_that_is_too_small_fails_before_a_step(make: Make) -> None:
     with pytest.raises(RecipeError, match=r"training.batching.tokens=6 holds no batch"):
         fit(make(batching={"tokens": 6}))
 
 
-def test_two_orders_of_one_seed_differ(make: Make) -> None:  # noqa: F811
+def test_two_orders_of_one_seed_differ(make: Make) -> None:
     found = [weights(fit(make(epochs=1, **order))) for order in ({}, *ORDERS[:3])]
     for other in found[1:]:
         assert any(not torch.equal(value, other[name]) for name, value in found[0].items())

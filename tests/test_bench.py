@@ -98,7 +98,7 @@ def test_equal_parameters_are_equal_to_half_a_rank() -> None:
     from pelton import LoRA, PeltonConfig
 
     count = lambda rank: protocols._count(  # noqa: E731
-        protocols.MINILM, PeltonConfig.single(LoRA(rank=rank, sites=tuple(protocols.ALL_LINEAR)))
+        protocols.MINILM, PeltonConfig.single(LoRA(rank=rank, sites=protocols.LINEAR_SITES))
     )
     ours = protocols._count(protocols.MINILM, PeltonConfig())
     rank = protocols.equal_rank(protocols.MINILM)

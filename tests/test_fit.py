@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,71 +13,19 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
-from transformers import TrainerCallback
 
+from fits import GATED, At, Make, press_ctrl_c, weights
 from pelton.errors import DataError, PeltonError, RecipeError, TrainingError
 from pelton.training.fit import Interrupted, fit, resume
-from pelton.training.loading import load_recipe, parse_recipe
+from pelton.training.loading import load_recipe
 from pelton.training.optimizer import gate_parameters, learning_rates, parameter_groups
 from pelton.training.prepare import prepare
-from pelton.training.recipe import Recipe
 from pelton.training.run import Run
-from tiny import recipe_values, save_backbone, save_data, sentences, write_jsonl
-
-GATED = {
-    "methods": [{"kind": "lora", "rank": 2}, {"kind": "bottleneck", "bottleneck_size": 4}],
-    "gate": {"kind": "mlp"},
-}
-Make = Callable[..., Recipe]
-
-
-@pytest.fixture(scope="module")
-def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_backbone(tmp_path_factory.mktemp("backbone"))
-
-
-@pytest.fixture
-def make(backbone: Path, tmp_path: Path) -> Make:
-    """Makes a small recipe over data in `tmp_path / "data"`; keywords change its training section."""
-
-    def build(adapter: Any = GATED, task: dict[str, Any] | None = None, **training: Any) -> Recipe:
-        data = tmp_path / "data"
-        if not data.exists():
-            save_data(data)
-        values = recipe_values(backbone, data, tmp_path / "runs", **{"learning_rate": 5e-3, **training})
-        values["adapter"] = adapter
-        values["task"] |= task or {}
-        return parse_recipe(values, "test")
-
-    return build
-
-
-class At(TrainerCallback):
-    """Does something at the end of one step, or before its optimiser step."""
-
-    def __init__(self, step: int, act: Callable[[Any], None], before: bool = False) -> None:
-        self.step, self.act, self.before = step, act, before
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        if self.before and state.global_step + 1 == self.step:
-            self.act(model)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
-        if not self.before and state.global_step == self.step:
-            self.act(model)
-
-
-def press_ctrl_c(_: Any) -> None:
-    signal.raise_signal(signal.SIGINT)
+from tiny import save_backbone, save_data, sentences, write_jsonl
 
 
 def crash(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-def weights(run: Run) -> dict[str, torch.Tensor]:
-    adapter = run.folder.adapter / "adapter_model.safetensors"
-    return load_file(adapter if adapter.exists() else run.folder.model / "model.safetensors")
 
 
 def scores(run: Run) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from fits import GATED, At, Make, assert_same, backbone, make, press_ctrl_c, weights  # noqa: F401 - fixtures
+from fits import GATED, At, Make, assert_same, press_ctrl_c, weights
 from law import GATES, attached
 from pelton import MLPGate, PeltonConfig, record_gates, set_temperature
 from pelton.errors import AdapterError, RecipeError, SpecError
@@ -100,7 +100,7 @@ def test_a_factor_multiplies_the_penalties_and_nothing_else() -> None:
         set_penalty_factor(model, -1.0)
 
 
-def test_a_schedule_acts_in_a_run_and_ends_with_it(make: Make) -> None:  # noqa: F811
+def test_a_schedule_acts_in_a_run_and_ends_with_it(make: Make) -> None:
     factors: list[float] = []
     looks = [At(step, lambda model: factors.append(tuners(model)[0].penalty_factor)) for step in (1, 6, 12)]
     run = fit(make(ENTROPY, penalty={"schedule": "linear_up", "warmup_steps": 1}), callbacks=looks)
@@ -110,7 +110,7 @@ def test_a_schedule_acts_in_a_run_and_ends_with_it(make: Make) -> None:  # noqa:
     assert any(not torch.equal(value, weights(plain)[name]) for name, value in weights(run).items())
 
 
-def test_a_resumed_run_has_the_same_penalties(make: Make) -> None:  # noqa: F811
+def test_a_resumed_run_has_the_same_penalties(make: Make) -> None:
     settings = {"penalty": {"schedule": "linear_down"}}
     whole = fit(make(ENTROPY, **settings))
     with pytest.raises(Interrupted) as stopped:
@@ -163,7 +163,7 @@ def test_it_falls_by_the_same_ratio_in_every_step() -> None:
 HOT = {**GATED, "gate": {"kind": "mlp", "temperature": 4.0, "init_std": 1.0}}
 
 
-def test_an_annealed_run_loads_with_the_temperature_it_was_judged_at(make: Make) -> None:  # noqa: F811
+def test_an_annealed_run_loads_with_the_temperature_it_was_judged_at(make: Make) -> None:
     seen: dict[int, float] = {}
     looks = [At(s, lambda m, s=s: seen.update({s: m.peft_config["default"].gate.temperature})) for s in (1, 6, 12)]
     run = fit(make(HOT, gate_temperature_end=0.25, learning_rate=2e-2), callbacks=looks)
@@ -177,7 +177,7 @@ def test_an_annealed_run_loads_with_the_temperature_it_was_judged_at(make: Make)
 
 
 @pytest.mark.parametrize("metric", ["loss", "accuracy"])
-def test_the_best_checkpoint_keeps_its_own_temperature(make: Make, metric: str) -> None:  # noqa: F811
+def test_the_best_checkpoint_keeps_its_own_temperature(make: Make, metric: str) -> None:
     """Learning that ruins the model makes the first checkpoint the best one."""
     run = fit(make(HOT, gate_temperature_end=0.25, learning_rate=1.0, metric_for_best=metric, epochs=3))
     best = run.folder.read("metrics")["best_step"]
@@ -189,7 +189,7 @@ def test_the_best_checkpoint_keeps_its_own_temperature(make: Make, metric: str) 
 
 
 @pytest.mark.parametrize("step", [3, 8])
-def test_a_resumed_run_has_the_same_temperatures(make: Make, step: int) -> None:  # noqa: F811
+def test_a_resumed_run_has_the_same_temperatures(make: Make, step: int) -> None:
     whole = fit(make(HOT, gate_temperature_end=0.25))
     with pytest.raises(Interrupted) as stopped:
         fit(make(HOT, gate_temperature_end=0.25), callbacks=[At(step, press_ctrl_c)])
@@ -202,12 +202,12 @@ def test_a_resumed_run_has_the_same_temperatures(make: Make, step: int) -> None:
 # ---- what is refused ---------------------------------------------------------------------------------------------
 
 
-def test_gates_without_what_is_scheduled(make: Make) -> None:  # noqa: F811
-    with pytest.raises(RecipeError, match="training.penalty schedules the gate's penalties, but it has none"):
+def test_gates_without_what_is_scheduled(make: Make) -> None:
+    with pytest.raises(RecipeError, match=r"training.penalty schedules the gate's penalties, but it has none"):
         fit(make(penalty={"schedule": "linear_up"}))
     with pytest.raises(RecipeError, match=r"needs a gate with a temperature \(mlp\), but the gate is 'linear'"):
         fit(make({**GATED, "gate": "linear"}, gate_temperature_end=0.5))
-    with pytest.raises(RecipeError, match="training.penalty is for an adapter, and adapter is null"):
+    with pytest.raises(RecipeError, match=r"training.penalty is for an adapter, and adapter is null"):
         make(None, penalty={"warmup_steps": 3})
     with pytest.raises(RecipeError, match="should be 'constant', 'linear_up' or 'linear_down', but got 'up'"):
         make(penalty={"schedule": "up"})

@@ -12,7 +12,7 @@ from peft import get_peft_model
 from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
-from fits import GATED, At, Make, assert_same, backbone, make, press_ctrl_c, weights  # noqa: F401 - fixtures
+from fits import GATED, At, Make, assert_same, press_ctrl_c, weights
 from law import attached
 from pelton import MLPGate, PeltonConfig, gate_penalty
 from pelton.errors import RecipeError
@@ -38,7 +38,7 @@ def draw(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("weights", [None, torch.tensor([0.2, 3.0, 0.5, 0.3])], ids=["even", "weighted"])
 @pytest.mark.parametrize("shape", [(N,), (3, N)], ids=["examples", "tokens"])
-def test_focal_loss_without_gamma_is_cross_entropy(shape: Any, weights: Any, smoothing: float) -> None:  # noqa: F811
+def test_focal_loss_without_gamma_is_cross_entropy(shape: Any, weights: Any, smoothing: float) -> None:
     logits, labels = draw(*shape)
     expected = F.cross_entropy(
         logits.view(-1, C), labels.view(-1), weights, ignore_index=IGNORED, label_smoothing=smoothing
@@ -78,7 +78,7 @@ def test_rare_classes_weigh_more_and_all_weigh_one_on_average() -> None:
     assert count_classes([[0, 1, 1], [1]], 3).tolist() == [1, 3, 0]
 
 
-def test_the_words_of_sentences_are_weighed(backbone: Any) -> None:  # noqa: F811
+def test_the_words_of_sentences_are_weighed(backbone: Any) -> None:
     from pelton.tasks.labels import Labels
 
     task = KINDS[TokenSettings](TokenSettings(), Labels(("O", "B-X", "I-X"), {"O": 0, "B-X": 1, "I-X": 2}))
@@ -88,7 +88,7 @@ def test_the_words_of_sentences_are_weighed(backbone: Any) -> None:  # noqa: F81
     np.testing.assert_allclose(loss.weights, [1 / 3, 4 / 3, 4 / 3], rtol=1e-6)
 
 
-def trainer_of(make: Make, **change: Any) -> tuple[GatedTrainer, dict[str, torch.Tensor]]:  # noqa: F811
+def trainer_of(make: Make, **change: Any) -> tuple[GatedTrainer, dict[str, torch.Tensor]]:
     """A trainer whose model has no dropout, and its first batch."""
     from pelton.training.folder import RunFolder
 
@@ -120,15 +120,17 @@ ENTROPY = {**GATED, "gate": {"kind": "mlp", "entropy": 0.7}}
 
 @pytest.mark.parametrize("loss", [{}, {"kind": "focal"}, {"class_weights": "inverse"}, {"label_smoothing": 0.3}])
 @pytest.mark.parametrize("head", ["mean", "pooler"])
-def test_every_loss_has_the_gates_penalties(make: Make, loss: Any, head: str) -> None:  # noqa: F811
+def test_every_loss_has_the_gates_penalties(make: Make, loss: Any, head: str) -> None:
     found = []
     for adapter in (GATED, ENTROPY):
         trainer, batch = trainer_of(make, adapter=adapter, loss=loss, task={"head": head})
         trainer.model.train()
         with gate_penalty(trainer.model) as penalty:
             outputs = trainer.model(**batch)
-        own = F.cross_entropy(outputs.logits, batch["labels"]) if trainer.criterion is None else trainer.criterion(
-            outputs.logits, batch["labels"]
+        own = (
+            F.cross_entropy(outputs.logits, batch["labels"])
+            if trainer.criterion is None
+            else trainer.criterion(outputs.logits, batch["labels"])
         )
         total = trainer.compute_loss(trainer.model, dict(batch))
         torch.testing.assert_close(total, own + penalty())
@@ -137,7 +139,7 @@ def test_every_loss_has_the_gates_penalties(make: Make, loss: Any, head: str) ->
     assert found[1] == pytest.approx(0.7 * np.log(2), rel=0.05)  # two methods, both open
 
 
-def test_each_loss_trains_to_another_model(make: Make, tmp_path: Any) -> None:  # noqa: F811
+def test_each_loss_trains_to_another_model(make: Make, tmp_path: Any) -> None:
     rows = sentences(48)
     rare = [row for i, row in enumerate(rows) if row["label"] == "warm" or i % 6 == 1]
     (tmp_path / "data").mkdir()
@@ -149,7 +151,7 @@ def test_each_loss_trains_to_another_model(make: Make, tmp_path: Any) -> None:  
         assert any(not torch.equal(value, other[name]) for name, value in found[0].items())
 
 
-def test_accumulated_batches_average_the_recipes_loss(make: Make) -> None:  # noqa: F811
+def test_accumulated_batches_average_the_recipes_loss(make: Make) -> None:
     """With equal weights and batches, two halves give the gradient of the whole."""
     gradients = []
     for size in (1, 2):
@@ -180,7 +182,7 @@ def test_the_anchor_is_its_formula() -> None:
         torch.testing.assert_close(parameter.grad, torch.full_like(parameter, 2 * 0.5 * 2.0))
 
 
-def test_l2_sp_holds_the_backbone_and_is_in_the_logged_loss(make: Make) -> None:  # noqa: F811
+def test_l2_sp_holds_the_backbone_and_is_in_the_logged_loss(make: Make) -> None:
     from pelton.training.backbone import load_backbone
 
     moved = []
@@ -205,7 +207,7 @@ def test_l2_sp_holds_the_backbone_and_is_in_the_logged_loss(make: Make) -> None:
     torch.testing.assert_close(after, trainer.model(**batch).loss + 3.0 * 0.01 * count + 2.0 * head)
 
 
-def test_a_resumed_run_is_held_to_the_pretrained_weights(make: Make) -> None:  # noqa: F811
+def test_a_resumed_run_is_held_to_the_pretrained_weights(make: Make) -> None:
     settings = {"l2_sp": 30.0, "weight_decay": 0.0}
     whole = fit(make(None, **settings))
     with pytest.raises(Interrupted) as stopped:
@@ -287,7 +289,7 @@ def test_a_lost_penalty_is_said() -> None:
 
 
 @pytest.mark.parametrize("loss", [{"kind": "focal"}, {"class_weights": "inverse"}, {"label_smoothing": 0.1}])
-def test_numbers_have_no_classes(make: Make, tmp_path: Any, loss: Any) -> None:  # noqa: F811
+def test_numbers_have_no_classes(make: Make, tmp_path: Any, loss: Any) -> None:
     (tmp_path / "data").mkdir()
     write_jsonl(tmp_path / "data" / "train.jsonl", [{"text": "the film", "label": i / 7} for i in range(24)])
     with pytest.raises(RecipeError, match=r"training.loss is for classes, and text-regression has none"):

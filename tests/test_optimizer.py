@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from fits import At, Make, assert_same, backbone, make, press_ctrl_c, weights  # noqa: F401 - fixtures
+from fits import At, Make, assert_same, press_ctrl_c, weights
 from pelton import LoRA, MLPGate, PeltonConfig, Prefix, find_anatomy
 from pelton.errors import RecipeError
 from pelton.tasks.heads import MeanPoolingClassifier
@@ -152,7 +152,7 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("schedule", SHAPES)
-def test_schedules_have_their_shape(schedule: Any, make: Make) -> None:  # noqa: F811
+def test_schedules_have_their_shape(schedule: Any, make: Make) -> None:
     from transformers import get_scheduler
 
     settings = make(schedule=schedule, warmup_ratio=1 / 3).training
@@ -176,7 +176,7 @@ class _Folder:
     path = checkpoints = logs = Path("nowhere")
 
 
-def test_a_schedule_and_early_stopping_act_in_a_run(make: Make) -> None:  # noqa: F811
+def test_a_schedule_and_early_stopping_act_in_a_run(make: Make) -> None:
     run = fit(
         make(
             schedule="constant",
@@ -206,7 +206,7 @@ UNFROZEN = {"train_backbone": True, "backbone_learning_rate": 1e-2, "layer_decay
 
 
 @pytest.mark.parametrize("head", ["mean", "pooler"])
-def test_a_trained_backbone_is_saved_beside_its_adapter(make: Make, head: str) -> None:  # noqa: F811
+def test_a_trained_backbone_is_saved_beside_its_adapter(make: Make, head: str) -> None:
     run = fit(make(task={"head": head}, **UNFROZEN))
     texts = [(row["text"],) for row in sentences(9)]
     loaded = Run.load(run.folder.path)
@@ -221,7 +221,7 @@ def test_a_trained_backbone_is_saved_beside_its_adapter(make: Make, head: str) -
     assert not frozen.folder.model.exists()
 
 
-def test_the_saved_model_and_adapter_are_ordinary_ones(make: Make) -> None:  # noqa: F811
+def test_the_saved_model_and_adapter_are_ordinary_ones(make: Make) -> None:
     run = fit(make(task={"head": "pooler"}, **UNFROZEN))
     plain = AutoModelForSequenceClassification.from_pretrained(run.folder.model)
     assert not any(".pelton." in name or "original_module" in name for name in plain.state_dict())
@@ -232,7 +232,7 @@ def test_the_saved_model_and_adapter_are_ordinary_ones(make: Make) -> None:  # n
     assert model.peft_config["default"].base_model_name_or_path == str(run.folder.model)
 
 
-def test_originals_of_saved_modules_stay_frozen(make: Make) -> None:  # noqa: F811
+def test_originals_of_saved_modules_stay_frozen(make: Make) -> None:
     model = prepare(make(**UNFROZEN)).model
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     assert frozen
@@ -244,11 +244,21 @@ def test_originals_of_saved_modules_stay_frozen(make: Make) -> None:  # noqa: F8
 
 @pytest.mark.parametrize("step", [3, 6, 8], ids=["first epoch", "between epochs", "second epoch"])
 @pytest.mark.parametrize("more", [{}, {"l2_sp": 10.0, "l2_head": 0.1}], ids=["plain", "l2-sp"])
-def test_a_resumed_run_has_the_same_backbone(make: Make, step: int, more: Any) -> None:  # noqa: F811
+def test_a_resumed_run_has_the_same_backbone(make: Make, step: int, more: Any) -> None:
     whole = fit(make(**UNFROZEN, **more))
     with pytest.raises(Interrupted) as stopped:
         fit(make(**UNFROZEN, **more), callbacks=[At(step, press_ctrl_c)])
     assert_same(weights(whole), weights(resume(stopped.value.folder)))
+
+
+def test_the_best_backbone_comes_back_with_its_adapter(make: Make) -> None:
+    """Learning that ruins the model makes an early checkpoint the best one."""
+    settings = {**UNFROZEN, "backbone_learning_rate": 0.3, "learning_rate": 0.3, "metric_for_best": "loss", "epochs": 4}
+    run = fit(make(**settings))
+    metrics = run.folder.read("metrics")
+    assert metrics["best_step"] < metrics["steps"]
+    judged = next(e for e in _history(run) if e["step"] == metrics["best_step"] and "eval_loss" in e)
+    assert metrics["validation"]["loss"] == pytest.approx(judged["eval_loss"], abs=1e-6)
 
 
 # ---- what is refused ---------------------------------------------------------------------------------------------
@@ -266,13 +276,13 @@ def test_a_resumed_run_has_the_same_backbone(make: Make, step: int, more: Any) -
         ({"layer_decay": 1.5, "adapter": None}, "should be less than or equal to 1"),
     ],
 )
-def test_rates_of_what_is_not_there(make: Make, change: Any, message: str) -> None:  # noqa: F811
+def test_rates_of_what_is_not_there(make: Make, change: Any, message: str) -> None:
     with pytest.raises(RecipeError) as error:
         make(**change)
     assert message in str(error.value)
 
 
-def test_a_rate_for_a_method_that_the_adapter_lacks(make: Make) -> None:  # noqa: F811
+def test_a_rate_for_a_method_that_the_adapter_lacks(make: Make) -> None:
     with pytest.raises(RecipeError, match=r"has a rate for 'prefix', but the adapter has lora, bottleneck"):
         fit(make(method_learning_rates={"prefix": 1e-2}))
     with pytest.raises(RecipeError, match=r"train_backbone and adapter.preset=head exclude each other"):

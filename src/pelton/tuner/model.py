@@ -25,7 +25,7 @@ from pelton.tuner.checkpoint import CheckpointKeys, check_heads
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.merge import check_foldable, fold_block
 from pelton.tuner.penalise import GatePenalty, attach_penalties
-from pelton.tuner.plan import BlockPlan, fingerprint, make_plan
+from pelton.tuner.plan import BlockPlan, fingerprint, fitting_methods, make_plan
 from pelton.tuner.register import PREFIX
 from pelton.tuner.routing import routed_batch
 from pelton.tuner.taps import Taps
@@ -82,13 +82,15 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
         try:
             anatomy = find_anatomy(model)
             check_heads(model, config)
+            config = copy.copy(config)
+            config.methods = fitting_methods(config, anatomy)  # saved so: the default may be another one by then
             with context:
                 plans = make_plan(config, anatomy)
             _check_names(list(self.peft_config), plans)
         except Exception:
             del self.peft_config[adapter_name]
             raise
-        config = self.peft_config[adapter_name] = copy.copy(config)
+        self.peft_config[adapter_name] = config
         config.backbone = fingerprint(anatomy)
         self.awaited = adapter_name if config.saved is not None else None
         self.requiring = [(p, p.requires_grad) for p in model.parameters()]

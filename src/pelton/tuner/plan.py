@@ -80,12 +80,10 @@ def make_plan(config: PeltonConfig, anatomy: Anatomy) -> list[BlockPlan]:
         SpecError: a gate's law is broken, such as a pooled gate in a causal block.
     """
     _check_backbone(config, anatomy)
-    specs = _fitting(config, anatomy)
     plans = []
     for block in anatomy.blocks:
-        methods = tuple(
-            s for s in specs if (s.layers is None or block.index in s.layers) and any(x in block.sites for x in s.sites)
-        )
+        here = (s for s in config.specs if s.layers is None or block.index in s.layers)
+        methods = tuple(s for s in here if any(site in block.sites for site in s.sites))
         if methods:
             plans.append(_plan_block(config, block, methods))
     return plans
@@ -110,8 +108,8 @@ def _describe(backbone: dict[str, Any]) -> str:
     return f"{backbone.get('model_type')!r} with {len(sizes)} blocks of width {sorted(set(sizes))}"
 
 
-def _fitting(config: PeltonConfig, anatomy: Anatomy) -> tuple[MethodSpec, ...]:
-    """Returns the methods that the backbone has sites for; of those that the user named, all must fit."""
+def fitting_methods(config: PeltonConfig, anatomy: Anatomy) -> tuple[MethodSpec, ...]:
+    """Returns the methods at the sites that the backbone has; of those that the user named, all must be there."""
     count = len(anatomy.blocks)
     for spec in config.specs:
         for index in spec.layers or ():
@@ -124,12 +122,16 @@ def _fitting(config: PeltonConfig, anatomy: Anatomy) -> tuple[MethodSpec, ...]:
         for spec in config.specs:
             anatomy.require(spec.sites, spec.kind)
         return config.specs
-    specs = tuple(s for s in config.specs if any(site in b.sites for b in anatomy.blocks for site in s.sites))
+    specs = []
+    there = {site for block in anatomy.blocks for site in block.sites}
     for spec in config.specs:
-        if spec not in specs:
+        sites = tuple(site for site in spec.sites if site in there)
+        if sites:
+            specs.append(dataclasses.replace(spec, sites=sites) if sites != spec.sites else spec)
+        else:
             reason = anatomy.blocks[0].missing.get(spec.sites[0], "it has no such site")
             warnings.warn(f"Left {spec.kind!r} out of the default on {anatomy.model_type!r}: {reason}.", stacklevel=2)
-    return specs
+    return tuple(specs)
 
 
 def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, ...]) -> BlockPlan:
