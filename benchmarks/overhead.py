@@ -40,6 +40,7 @@ from pelton import IA3, BitFit, Bottleneck, LoRA, PeltonConfig, Prefix  # noqa: 
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "pelton": lambda: PeltonConfig(task_type="SEQ_CLS", methods=[LoRA(), Bottleneck(), Prefix()]),
+    "default": lambda: PeltonConfig(task_type="SEQ_CLS"),
     "unipelt": lambda: PeltonConfig.unipelt(task_type="SEQ_CLS"),
     "lora": lambda: PeltonConfig.single(LoRA(), task_type="SEQ_CLS"),
     "bottleneck": lambda: PeltonConfig.single(Bottleneck(), task_type="SEQ_CLS"),

@@ -55,6 +55,7 @@ def fit(
         raise typer.BadParameter("--resume goes on as the run began: --set and --output do not go with it")
     from pelton.cli import show
     from pelton.training import fit as training
+    from pelton.training.folder import is_main_process
     from pelton.training.loading import load_recipe
 
     try:
@@ -66,7 +67,8 @@ def fit(
     except training.Interrupted as error:
         print(f"pelton: {error}", file=sys.stderr)
         raise typer.Exit(130) from error
-    show.result(run.folder)
+    if is_main_process():
+        show.result(run.folder)
 
 
 @app.command()

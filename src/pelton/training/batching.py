@@ -91,7 +91,7 @@ class EachEpoch(TrainerCallback):  # type: ignore[misc]
         self.generator.manual_seed(self.seed + int(state.epoch or 0))
 
 
-def make_sampler(settings: TrainingSettings, features: Any, targets: Sequence[Any] | None, processes: int) -> Any:
+def make_sampler(settings: TrainingSettings, features: Any, targets: Sequence[Any], processes: int) -> Any:
     """Makes the sampler that a recipe asks for; None where examples are drawn evenly, one by one.
 
     Args:
@@ -104,7 +104,7 @@ def make_sampler(settings: TrainingSettings, features: Any, targets: Sequence[An
         RecipeError: the examples have no tokens to count, or one has too many.
     """
     batching = settings.batching
-    if batching.oversample and targets is not None:
+    if batching.oversample:
         return balanced(np.asarray(targets))
     if batching.tokens is not None:
         return TokenBatches(_lengths(features, "training.batching.tokens"), batching.tokens, processes)

@@ -60,11 +60,13 @@ class History(TrainerCallback):  # type: ignore[misc]
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Starts the file with what the checkpoint remembers: nothing, in a new run."""
-        self._write("w", state.log_history)
+        if state.is_world_process_zero:
+            self._write("w", state.log_history)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Adds the newest entry."""
-        self._write("a", state.log_history[-1:])
+        if state.is_world_process_zero:
+            self._write("a", state.log_history[-1:])
 
     def _write(self, mode: str, entries: list[dict[str, Any]]) -> None:
         with self.path.open(mode, encoding="utf-8") as file:

@@ -21,7 +21,7 @@ from pelton.tasks.load import Loaded, load_task
 from pelton.training.backbone import quiet
 from pelton.training.callbacks import History, ProgressBar, StopBetweenSteps, StopOnNaN
 from pelton.training.features import training_features
-from pelton.training.folder import RunFolder
+from pelton.training.folder import RunFolder, is_main_process, wait_for_main_process
 from pelton.training.gate_callbacks import gate_callbacks
 from pelton.training.loading import dump_recipe, load_recipe
 from pelton.training.prepare import Prepared, environment, prepare
@@ -62,7 +62,7 @@ def fit(recipe: Recipe, *, progress: bool = False, callbacks: Sequence[TrainerCa
     with quiet():
         prepared = prepare(recipe)
         folder = RunFolder.create(Path(recipe.output).expanduser(), recipe.name)
-        folder.recipe.write_text(dump_recipe(prepared.recipe), encoding="utf-8")
+        folder.write_recipe(dump_recipe(prepared.recipe))
         folder.write("task", prepared.data.task.stored())
         folder.write("data", prepared.data.describe())
         folder.write("environment", environment())
@@ -99,6 +99,7 @@ def _complete(
     """Trains and finishes a run."""
     run = Run(folder, prepared.recipe, prepared.data.task, prepared.processor, prepared.model)
     folder.set_phase("training")
+    wait_for_main_process()
     with _noting(folder):
         run = _train(run, prepared.data, checkpoint, progress, callbacks)
         return _finish(run, prepared.data)
@@ -137,7 +138,7 @@ def _train(
         folder,
         None if held is None else partial(run.evaluate, held, validation),
         task=run.task,
-        targets=() if examples is None else examples.targets,
+        targets=[] if examples is None else examples.targets,
         model=run.model,
         train_dataset=features,
         eval_dataset=validation,
@@ -145,7 +146,7 @@ def _train(
     )
     stop, bar = StopBetweenSteps(), ProgressBar(Console(stderr=True))
     own = _callbacks(run, trainer, stop, held or examples)
-    for callback in [*own, *([bar] if progress else []), *callbacks]:
+    for callback in [*own, *([bar] if progress and is_main_process() else []), *callbacks]:
         trainer.add_callback(callback)
     started = time.perf_counter()
     try:
@@ -165,7 +166,7 @@ def _train(
 
 def _note(folder: RunFolder, notes: Sequence[str]) -> None:
     """Adds to the notes of a run's data; those of an interrupted training are there already."""
-    if notes:
+    if notes and is_main_process():
         data = folder.read("data")
         folder.write("data", {**data, "notes": list(dict.fromkeys([*data["notes"], *notes]))})
 
@@ -182,10 +183,8 @@ def _callbacks(run: Run, trainer: GatedTrainer, stop: StopBetweenSteps, few: Exa
 
 def _save(run: Run, trainer: GatedTrainer, examples: int | None, seconds: float) -> None:
     """Saves the trained weights and what is known of the training; from here on only evaluation is missing."""
-    adapted = isinstance(run.model, PeftModel)
-    if run.recipe.training.train_backbone:
-        save_model(run.model, run.folder.model)
-    run.model.save_pretrained(run.folder.adapter if adapted else run.folder.model)
+    if is_main_process():
+        _save_weights(run)
     parameters = [(p.numel(), p.requires_grad) for p in run.model.parameters()]
     trainable, total = sum(n for n, learns in parameters if learns), sum(n for n, _ in parameters)
     values = {
@@ -199,6 +198,13 @@ def _save(run: Run, trainer: GatedTrainer, examples: int | None, seconds: float)
     }
     run.folder.write("metrics", values)
     run.folder.set_phase("trained")
+    wait_for_main_process()
+
+
+def _save_weights(run: Run) -> None:
+    if run.recipe.training.train_backbone:
+        save_model(run.model, run.folder.model)
+    run.model.save_pretrained(run.folder.adapter if isinstance(run.model, PeftModel) else run.folder.model)
 
 
 def _finish(run: Run, data: Loaded) -> Run:
@@ -208,7 +214,7 @@ def _finish(run: Run, data: Loaded) -> Run:
         if split in data.splits:
             metrics[split] = run.evaluate(data.splits[split])
     run.folder.write("metrics", metrics)
-    if isinstance(run.model, PeftModel):
+    if isinstance(run.model, PeftModel) and is_main_process():
         _record_gates(run, data.some())
     run.folder.set_phase("finished")
     return run

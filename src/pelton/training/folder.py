@@ -14,6 +14,8 @@ checkpoints/       what `resume` starts from
 logs/              what TensorBoard shows
 features/          encoded training rows, where `task.memory_map` asks for a file
 state.json         the phase: training, interrupted, failed, trained, finished
+
+In a distributed run only the main process makes and writes them.
 """
 
 from __future__ import annotations
@@ -24,9 +26,22 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+
 from pelton.errors import TrainingError
 
 Phase = Literal["training", "interrupted", "failed", "trained", "finished"]
+
+
+def is_main_process() -> bool:
+    """Tells whether this process is the one that writes: the only one, unless the run is distributed."""
+    return bool(PartialState().is_main_process)
+
+
+def wait_for_main_process() -> None:
+    """Waits until every process is here, so that what the main one has written can be read."""
+    PartialState().wait_for_everyone()
 
 
 @dataclass(frozen=True)
@@ -37,7 +52,12 @@ class RunFolder:
 
     @classmethod
     def create(cls, output: Path, name: str) -> RunFolder:
-        """Makes a new folder `output/name-time`; a counter is added where that exists."""
+        """Makes a new folder `output/name-time`, of which all processes learn; a counter is added where that exists."""
+        made = [str(cls._make(output, name)) if is_main_process() else ""]
+        return cls(Path(broadcast_object_list(made)[0]))
+
+    @staticmethod
+    def _make(output: Path, name: str) -> Path:
         stem = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
         output.mkdir(parents=True, exist_ok=True)
         for suffix in ("", *(f"-{n}" for n in range(2, 1000))):
@@ -46,7 +66,7 @@ class RunFolder:
                 path.mkdir()
             except FileExistsError:
                 continue
-            return cls(path)
+            return path
         raise TrainingError(f"{output} holds a thousand runs named {stem}. Choose another output folder.")
 
     @classmethod
@@ -112,8 +132,15 @@ class RunFolder:
         whole = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
         return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
+    def write_recipe(self, text: str) -> None:
+        """Writes the recipe, which makes the folder a run."""
+        if is_main_process():
+            self.recipe.write_text(text, encoding="utf-8")
+
     def write(self, name: str, values: Any) -> None:
         """Writes `name`.json, whole or not at all."""
+        if not is_main_process():
+            return
         path = self.path / f"{name}.json"
         draft = path.with_suffix(".tmp")
         draft.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

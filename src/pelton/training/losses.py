@@ -65,7 +65,7 @@ def _spread(log_p: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     return -(log_p[kept] * each).mean(dim=-1).sum() / each[labels[kept]].sum()
 
 
-def make_loss(settings: LossSettings, task: Task[Any], targets: Sequence[Any] | None) -> ClassLoss | None:
+def make_loss(settings: LossSettings, task: Task[Any], targets: Sequence[Any]) -> ClassLoss | None:
     """Makes the loss that a recipe asks for; None where the model's own is wanted, or the task has no classes.
 
     Args:
@@ -76,7 +76,7 @@ def make_loss(settings: LossSettings, task: Task[Any], targets: Sequence[Any] | 
     classes = class_count(task)
     if settings.is_plain or classes is None:
         return None
-    if settings.class_weights == "none" or targets is None:
+    if settings.class_weights == "none":
         return ClassLoss(settings, None)
     weights = inverse_frequency(count_classes(targets, classes))
     return ClassLoss(settings, torch.tensor(weights, dtype=torch.float32))

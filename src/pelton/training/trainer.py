@@ -46,7 +46,7 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         judge: Judge | None,
         *,
         task: Task[Any],
-        targets: Sequence[Any] | None,
+        targets: Sequence[Any],
         **options: Any,
     ) -> None:
         """Makes the trainer.
@@ -56,7 +56,7 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
             folder: The run's.
             judge: Computes the validation metrics of the model; None where there are no validation rows.
             task: What is learned.
-            targets: Of the training examples; None where they are streamed.
+            targets: Of the training examples; empty where they are streamed.
             **options: Go to transformers.
         """
         super().__init__(args=training_arguments(settings, folder, judge is not None), **options)
