@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +18,14 @@ from pelton.training.loading import load_recipe
 from pelton.training.run import Run
 from tiny import recipe_values, save_backbone, save_data
 
-FIT = "import sys; from pelton.training.fit import fit; from pelton.training.loading import load_recipe; fit(load_recipe(sys.argv[1]))"
+FIT = """
+import sys
+
+from pelton.training.fit import fit
+from pelton.training.loading import load_recipe
+
+fit(load_recipe(sys.argv[1]))
+"""
 
 
 def write_recipe(folder: Path, name: str, **training: Any) -> Path:
@@ -38,10 +44,9 @@ def fit_together(recipe: Path) -> Run:
     """Runs a recipe in two processes."""
     script = recipe.with_suffix(".py")
     script.write_text(FIT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone"]
     done = subprocess.run(
         [*command, str(script), str(recipe)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true"},
         capture_output=True,
         text=True,
         check=False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,15 +17,19 @@ from fits import GATED, At, Make, assert_same, press_ctrl_c, weights
 from law import attached
 from pelton import MLPGate, PeltonConfig, gate_penalty
 from pelton.errors import RecipeError
+from pelton.tasks.causal import CausalLM, CausalSettings
 from pelton.tasks.load import KINDS
+from pelton.tasks.seq2seq import Seq2SeqSettings, SequenceToSequence
 from pelton.tasks.tokens import TokenSettings
 from pelton.training.anchor import Anchor
 from pelton.training.fit import Interrupted, fit, resume
-from pelton.training.losses import IGNORED, ClassLoss, count_classes, inverse_frequency, make_loss
+from pelton.training.folder import RunFolder
+from pelton.training.losses import IGNORED, ClassLoss, count_classes, inverse_frequency, make_loss, require_loss
 from pelton.training.prepare import prepare
+from pelton.training.recipe import TrainingSettings
 from pelton.training.sections import LossSettings
 from pelton.training.trainer import GatedTrainer
-from tiny import sentences, write_jsonl
+from tiny import NOUNS, sentences, write_jsonl
 from zoo import ARCHS
 
 N, C = 7, 4
@@ -90,8 +95,6 @@ def test_the_words_of_sentences_are_weighed(backbone: Any) -> None:
 
 def trainer_of(make: Make, **change: Any) -> tuple[GatedTrainer, dict[str, torch.Tensor]]:
     """A trainer whose model has no dropout, and its first batch."""
-    from pelton.training.folder import RunFolder
-
     recipe = make(**change)
     prepared = prepare(recipe)
     for module in prepared.model.modules():
@@ -99,8 +102,6 @@ def trainer_of(make: Make, **change: Any) -> tuple[GatedTrainer, dict[str, torch
             module.p = 0.0
     task, train = prepared.data.task, prepared.data.splits["train"]
     features = task.encode(train.inputs, prepared.processor, train.targets)
-    from pathlib import Path
-
     trainer = GatedTrainer(
         recipe.training,
         RunFolder(Path(recipe.output) / "unused"),
@@ -149,6 +150,19 @@ def test_each_loss_trains_to_another_model(make: Make, tmp_path: Any) -> None:
     found = [weights(fit(make(loss=loss, epochs=1))) for loss in losses]
     for other in found[1:]:
         assert any(not torch.equal(value, other[name]) for name, value in found[0].items())
+
+
+def test_the_words_of_a_run_are_weighed(make: Make, tmp_path: Path) -> None:
+    rows = [{"tokens": ["the", "film", noun], "tags": ["O", "O", "B-X" if noun == "song" else "O"]} for noun in NOUNS]
+    (tmp_path / "data").mkdir()
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows * 6)
+    write_jsonl(tmp_path / "data" / "validation.jsonl", rows)
+    task = {"kind": "token-classification", "head": None}
+    recalls = []
+    for loss in ({}, {"kind": "focal", "class_weights": "inverse"}):
+        run = fit(make(task=task, loss=loss, epochs=5, metric_for_best="recall"))
+        recalls.append(run.folder.read("metrics")["validation"]["recall"])
+    assert recalls == [0.0, 1.0]  # one word in twelve is an entity
 
 
 def test_accumulated_batches_average_the_recipes_loss(make: Make) -> None:
@@ -285,6 +299,43 @@ def test_a_lost_penalty_is_said() -> None:
         model(**arch.inputs())
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
+def test_language_models_are_smoothed(name: str, tmp_path: Any) -> None:
+    """By transformers' smoother: a decoder's labels are shifted, an encoder-decoder gets its inputs from them."""
+    arch, causal = ARCHS[name], name in ("llama", "gpt2")
+    task: Any = CausalLM(CausalSettings()) if causal else SequenceToSequence(Seq2SeqSettings())
+    model = attached(arch, MLPGate(entropy=0.5, hidden_size=8))
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    settings = TrainingSettings(loss={"label_smoothing": 0.3}, trackers=[])
+    trainer = GatedTrainer(
+        settings, RunFolder(tmp_path), None, task=task, targets=[], model=model, train_dataset=[{"input_ids": [1]}]
+    )
+    inputs = arch.inputs()
+    inputs.pop("decoder_input_ids", None)
+    width = inputs["input_ids"].shape[1] if causal else 5
+    labels = torch.randint(3, 99, (3, width))
+    labels[1, 2:] = labels[0, :1] = IGNORED
+    batch = {**inputs, "labels": labels}
+    model.train()
+    torch.manual_seed(1)  # each time: encoder-decoders drop out by function
+    with gate_penalty(model) as penalty:
+        logits = model(**batch).logits
+    logits, wanted = (logits[:, :-1], labels[:, 1:]) if causal else (logits, labels)
+    expected = F.cross_entropy(logits.reshape(-1, 99), wanted.reshape(-1), label_smoothing=0.3)
+    torch.manual_seed(1)
+    found = trainer.compute_loss(model, dict(batch))
+    torch.testing.assert_close(found, expected + penalty())
+    torch.manual_seed(1)
+    assert (expected - model(**batch).loss.detach()).abs() > 1e-3
+    if trainer.model_accepts_loss_kwargs:  # half of what was accumulated, by its tokens
+        tokens = (wanted != IGNORED).sum()
+        half = trainer.compute_loss(model, dict(batch), num_items_in_batch=2 * tokens)
+        share = 0.5 if name == "llama" else ((labels != IGNORED).sum() / (2 * tokens)).item()
+        torch.testing.assert_close(half, expected / 2 + penalty() * share)
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------------
 
 
@@ -297,9 +348,6 @@ def test_numbers_have_no_classes(make: Make, tmp_path: Any, loss: Any) -> None:
 
 
 def test_a_vocabulary_is_not_weighed() -> None:
-    from pelton.tasks.seq2seq import Seq2SeqSettings, SequenceToSequence
-    from pelton.training.losses import require_loss
-
     task = SequenceToSequence(Seq2SeqSettings())
     require_loss(LossSettings(label_smoothing=0.1), task)
     for loss, key in (({"kind": "focal"}, "kind=focal"), ({"class_weights": "inverse"}, "class_weights=inverse")):

@@ -84,7 +84,7 @@ def test_both_marks_of_a_type_exist_and_outside_comes_first() -> None:
     [
         (["a"], ["B-PER", "O"], "t.jsonl, line 2, column 'ner_tags': expected 1 tags, one a word, but got 2."),
         ([], [], "t.jsonl, line 2, column 'tokens': expected a list of one or more words, but got []."),
-        (["a"], ["B-ORG"], "t.jsonl, line 2, column 'ner_tags', word 1: unseen label 'B-ORG'. Classes of the training data"),
+        (["a"], ["B-ORG"], "line 2, column 'ner_tags', word 1: unseen label 'B-ORG'. Classes of the training data"),
         (["a", "b"], ["O", "I-PER"], "word 2: the entity starts with I-PER, but BIO tags start with B-PER. Convert"),
         (["a", "b"], ["B-LOC", "I-PER"], "word 2: the entity starts with I-PER, but BIO tags start with B-PER."),
     ],

@@ -24,24 +24,32 @@ import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
-
-from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from typing import TYPE_CHECKING, Any, Literal
 
 from pelton.errors import TrainingError
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 Phase = Literal["training", "interrupted", "failed", "trained", "finished"]
 
 
 def is_main_process() -> bool:
     """Tells whether this process is the one that writes: the only one, unless the run is distributed."""
-    return bool(PartialState().is_main_process)
+    return bool(_processes().is_main_process)
 
 
 def wait_for_main_process() -> None:
     """Waits until every process is here, so that what the main one has written can be read."""
-    PartialState().wait_for_everyone()
+    _processes().wait_for_everyone()
+
+
+def _processes() -> PartialState:
+    """Returns what accelerate knows of the processes; without an accelerator it must be told that they meet on CPUs."""
+    import torch  # here, since who only reads a run's files needs neither
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 @dataclass(frozen=True)
@@ -53,6 +61,8 @@ class RunFolder:
     @classmethod
     def create(cls, output: Path, name: str) -> RunFolder:
         """Makes a new folder `output/name-time`, of which all processes learn; a counter is added where that exists."""
+        from accelerate.utils import broadcast_object_list
+
         made = [str(cls._make(output, name)) if is_main_process() else ""]
         return cls(Path(broadcast_object_list(made)[0]))
 

@@ -191,7 +191,9 @@ def training_arguments(settings: TrainingSettings, folder: RunFolder, validated:
         warmup_steps=settings.warmup_ratio,
         max_grad_norm=settings.max_grad_norm,
         seed=settings.seed,
-        use_cpu=settings.precision == "bf16" and not torch.cuda.is_available(),  # bf16 is looked for on GPUs otherwise
+        # Without it CPUs do not share a run, and bf16 is looked for on GPUs.
+        use_cpu=not torch.accelerator.is_available()
+        or (settings.precision == "bf16" and not torch.cuda.is_available()),
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
         eval_strategy=every if validated else "no",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import defaultdict
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -127,7 +127,7 @@ def fitting_methods(config: PeltonConfig, anatomy: Anatomy) -> tuple[MethodSpec,
     for spec in config.specs:
         sites = tuple(site for site in spec.sites if site in there)
         if sites:
-            specs.append(dataclasses.replace(spec, sites=sites) if sites != spec.sites else spec)
+            specs.append(dataclasses.replace(cast(Any, spec), sites=sites) if sites != spec.sites else spec)
         else:
             reason = anatomy.blocks[0].missing.get(spec.sites[0], "it has no such site")
             warnings.warn(f"Left {spec.kind!r} out of the default on {anatomy.model_type!r}: {reason}.", stacklevel=2)
