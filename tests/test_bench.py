@@ -275,3 +275,6 @@ def test_from_the_command_line(place: Path, tmp_path: Path, capsys: pytest.Captu
     assert run(["bench", "--methods", "lorra", "--limit", "0"]) == 2
     assert "Did you mean 'lora'?" in capsys.readouterr().err
     assert run(["bench", "--examples", "many"]) == 2
+    capsys.readouterr()
+    assert run(["bench", "--data", str(place / "data"), "--tasks", "cola,rte", "--methods", "lora"]) == 2
+    assert "has no folder 'rte' with that task's train and test files (folders: cola)" in capsys.readouterr().err

@@ -50,6 +50,7 @@ def fit_together(recipe: Path) -> Run:
         capture_output=True,
         text=True,
         check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     (folder,) = (recipe.parent / recipe.stem).iterdir()

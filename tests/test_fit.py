@@ -322,7 +322,7 @@ def test_what_the_data_cannot_give(make: Make, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="early_stopping_patience needs validation rows"):
         fit(make(early_stopping_patience=2, task={"validation_fraction": 0.0}))
     write_jsonl(tmp_path / "data" / "train.jsonl", [*sentences(8), {"text": "so so", "label": "mild"}])
-    with pytest.raises(RecipeError, match="'f1' is no metric of this task. Metrics: score, accuracy, macro_f1, loss"):
+    with pytest.raises(RecipeError, match=r"'f1' is no metric of this task. Metrics: score, accuracy, macro_f1, loss"):
         fit(make(metric_for_best="f1"))
 
 

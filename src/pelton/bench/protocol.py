@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pelton.errors import unknown
+from pelton.errors import DataError, unknown
 from pelton.methods import LoRA
 from pelton.methods.base import LINEAR_SITES
 from pelton.registry import Spec
@@ -144,6 +145,15 @@ class Protocol:
         values["adapter"] = [cell.method in ("full", "head") and cell.method, *map(_changes, specs)]
         values["cell"] = [VERSION, TASKS[cell.task], HELD_BACK, cell.task, cell.examples]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def require_data(self, tasks: Sequence[str]) -> None:
+        """Raises DataError where the data folder lacks a task's folder."""
+        place = Path(self.data).expanduser()
+        for task in tasks:
+            if not (place / task).is_dir():
+                there = sorted(path.name for path in place.iterdir() if path.is_dir()) if place.is_dir() else []
+                found = f"folders: {', '.join(there) or 'none'}" if place.is_dir() else "it does not exist"
+                raise DataError(f"{place} has no folder {task!r} with that task's train and test files ({found}).")
 
     def describe(self) -> dict[str, Any]:
         """Returns the protocol as JSON, without where the data lies."""

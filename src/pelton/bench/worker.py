@@ -23,7 +23,12 @@ def work(grid: Grid, journal: Journal, tell: Callable[[str], None], *, limit: in
         journal: Where finished ones are.
         tell: Takes one line about each.
         limit: Trains at most so many.
+
+    Raises:
+        DataError: a task's folder is missing, or its data is broken; what is finished stays in the journal.
     """
+    if limit != 0:
+        grid.protocol.require_data(grid.tasks)
     trained = 0
     while limit is None or trained < limit:
         cell = _next(grid, journal, tell)
