@@ -22,6 +22,7 @@ from pelton import (
     MLPGate,
     PeltonConfig,
     ScalarGate,
+    gate_penalty,
     record_gates,
     register_gate,
     register_method,
@@ -149,7 +150,9 @@ def test_outsiders_train_save_and_load(name: str, tmp_path: Path) -> None:
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.01)
     for _ in range(2):  # LoRA's A has a gradient once B is not zero
         optimizer.zero_grad()
-        arch.run(model, arch.inputs()).square().sum().backward()
+        with gate_penalty(model) as penalties:
+            loss = arch.run(model, arch.inputs()).square().sum()
+        (loss + penalties()).backward()
         optimizer.step()
     for key, parameter in model.named_parameters():
         assert (".pelton." in key) == (not torch.equal(parameter, before[key])), key
