@@ -37,10 +37,13 @@ from transformers import AutoModelForSequenceClassification, BertConfig, BertFor
 from transformers.utils import logging  # noqa: E402
 
 from pelton import IA3, BitFit, Bottleneck, LoRA, PeltonConfig, Prefix  # noqa: E402
+from pelton.methods import LINEAR_SITES  # noqa: E402
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "pelton": lambda: PeltonConfig(task_type="SEQ_CLS", methods=[LoRA(), Bottleneck(), Prefix()]),
-    "default": lambda: PeltonConfig(task_type="SEQ_CLS"),
+    "lora-everywhere": lambda: PeltonConfig(
+        task_type="SEQ_CLS", methods=[LoRA(sites=LINEAR_SITES), Bottleneck(), Prefix()]
+    ),
     "unipelt": lambda: PeltonConfig.unipelt(task_type="SEQ_CLS"),
     "lora": lambda: PeltonConfig.single(LoRA(), task_type="SEQ_CLS"),
     "bottleneck": lambda: PeltonConfig.single(Bottleneck(), task_type="SEQ_CLS"),

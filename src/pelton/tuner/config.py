@@ -14,7 +14,6 @@ from safetensors import SafetensorError, safe_open
 from pelton.errors import AdapterError, SpecError, unknown
 from pelton.gates import GATES, FixedGate, GateSpec, LinearGate, MLPGate
 from pelton.methods import METHODS, Bottleneck, LoRA, MethodSpec, Prefix
-from pelton.methods.base import LINEAR_SITES
 from pelton.tuner.register import PELTON
 
 MethodLike = MethodSpec | str | Mapping[str, Any]
@@ -34,8 +33,8 @@ class Common(TypedDict, total=False):
 
 
 def default_methods() -> tuple[MethodSpec, ...]:
-    """Returns the recommended methods: LoRA at every linear site, a bottleneck and a prefix."""
-    return (LoRA(sites=LINEAR_SITES), Bottleneck(), Prefix())
+    """Returns the recommended methods: LoRA, a bottleneck and a prefix."""
+    return (LoRA(), Bottleneck(), Prefix())
 
 
 @dataclasses.dataclass
