@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,7 @@ def require_known(tasks: list[str], methods: list[str]) -> None:
             raise unknown("method", name, [*METHODS, EQUAL])
 
 
+@cache
 def equal_rank(backbone: str) -> int:
     """Returns the rank at which LoRA on every linear site trains as many parameters as the default adapter."""
     per_rank = _count(backbone, PeltonConfig.single(LoRA(rank=1, sites=LINEAR_SITES)))

@@ -47,20 +47,9 @@ def require_adapter(recipe: Recipe, config: PeltonConfig | None) -> None:
 
 
 def require_objective(settings: TrainingSettings, data: Loaded) -> None:
-    """Raises RecipeError where the loss or the batches make no sense for the kind of task, or for streamed rows."""
+    """Raises RecipeError where the loss or the batches make no sense for the kind of task."""
     task = data.task
     require_loss(settings.loss, task)
-    whole = {
-        "loss.class_weights=inverse": settings.loss.class_weights == "inverse",
-        "batching.oversample": settings.batching.oversample,
-        "batching.tokens": settings.batching.tokens is not None,
-    }
-    asked = [key for key, on in whole.items() if on]
-    if data.stream is not None and asked:
-        raise RecipeError(
-            f"training.{asked[0]} needs all training rows before the first step, which task.streaming never has: "
-            "leave one of them out."
-        )
     if settings.l2_head and not task.new_head:
         raise RecipeError(f"training.l2_head is for a new head, but {task.settings.kind} uses the pretrained one.")
     if settings.batching.oversample and (class_count(task) is None or task.peft_type == "TOKEN_CLS"):
