@@ -94,6 +94,21 @@ def test_every_cell_is_a_valid_recipe(task: str, method: str) -> None:
     assert recipe.training.max_steps % recipe.training.evaluate_every == 0  # type: ignore[operator]
 
 
+def test_without_a_folder_glue_is_the_hubs_and_banking77_pelton_s() -> None:
+    place = lambda task: Protocol(None).recipe(Cell(task, 100, "lora", 1e-3, 0), "out").task.data  # noqa: E731
+    assert [place(task) for task in ("cola", "stsb", "banking77")] == [
+        "nyu-mll/glue",
+        "nyu-mll/glue",
+        "pelton:banking77",
+    ]
+    assert Protocol(None).fingerprint(Cell("cola", 100, "lora", 1e-3, 0)) == Protocol("data").fingerprint(
+        Cell("cola", 100, "lora", 1e-3, 0)
+    )
+    Protocol(None).require_data(["cola", "banking77"])
+    with pytest.raises(DataError, match="conll2003 cannot be had without a folder: give --data DIR"):
+        Protocol(None).require_data(["cola", "conll2003"])
+
+
 def test_equal_parameters_are_equal_to_half_a_rank() -> None:
     from pelton import LoRA, PeltonConfig
 
@@ -216,7 +231,7 @@ def test_the_report_says_what_is_there(grid: Grid, tmp_path: Path) -> None:
     records = finish(grid)
     text = markdown(grid, records)
     assert "### 100 training examples" in text
-    assert "| pelton | 71.0 ± 1.0 | 71.0 ± 1.0 | **71.00** ± 1.00 | 1.0 | 10 | 1.00× |" in text
+    assert "| pelton | 71.0 ± 1.0 | 71.0 ± 1.0 | **71.00** ± 1.00 | 1.0 | 71.00 | 10 | 1.00× |" in text
     assert "pelton − bottleneck, the best single method, is +15.00 points" in text
     assert "pelton − full is +10.00 points" in text
     few = [r for r in records if (r["task"], r["method"]) != ("rte", "lora")]
@@ -275,6 +290,8 @@ def test_from_the_command_line(place: Path, tmp_path: Path, capsys: pytest.Captu
     assert run(["bench", "--methods", "lorra", "--limit", "0"]) == 2
     assert "Did you mean 'lora'?" in capsys.readouterr().err
     assert run(["bench", "--examples", "many"]) == 2
+    assert run(["bench", "--tasks", "conll2003", "--out", str(tmp_path / "new.jsonl")]) == 2
+    assert "conll2003 cannot be had without a folder" in capsys.readouterr().err
     capsys.readouterr()
     assert run(["bench", "--data", str(place / "data"), "--tasks", "cola,rte", "--methods", "lora"]) == 2
     assert "has no folder 'rte' with that task's train and test files (folders: cola)" in capsys.readouterr().err

@@ -12,9 +12,9 @@ from scipy.stats import pearsonr, spearmanr
 from sklearn import metrics as sk
 
 from pelton.errors import DataError, RecipeError
-from pelton.tasks.glue import GLUE, GlueSettings, glue_mean, glue_score
+from pelton.tasks.glue import GLUE, GlueSettings, glue_score
 from pelton.tasks.load import load_task
-from pelton.tasks.metrics import binary_metrics, classification_metrics, regression_metrics, softmax
+from pelton.tasks.metrics import class_metrics, regression_metrics, softmax
 from pelton.tasks.regression import RegressionSettings
 from pelton.training.fit import fit
 from pelton.training.loading import parse_recipe
@@ -92,7 +92,6 @@ def test_the_glue_score_is_the_mean_of_each_tasks_metrics() -> None:
         "mnli": {"test": {"accuracy": 0.5}, "test_mismatched": {"accuracy": 0.7}, "validation": {"accuracy": 0.1}},
     }
     assert [glue_score(name, metrics) for name, metrics in runs.items()] == pytest.approx([0.75, 0.4, 0.6])
-    assert glue_mean(runs) == pytest.approx((0.75 + 0.4 + 0.6) / 3)
 
 
 # ---- metrics -----------------------------------------------------------------------------------------------------
@@ -103,7 +102,7 @@ def test_classification_metrics_are_scikit_learns() -> None:
     logits, labels = rng.normal(size=(200, 2)), rng.integers(2, size=200)
     predicted, probability = logits.argmax(-1), scipy_softmax(logits, axis=-1)
     np.testing.assert_allclose(softmax(logits), probability)
-    found = {**classification_metrics(logits, labels), **binary_metrics(logits, labels)}
+    found = class_metrics(logits, labels)
     assert found == pytest.approx({
         "accuracy": sk.accuracy_score(labels, predicted),
         "macro_f1": sk.f1_score(labels, predicted, average="macro"),
@@ -112,7 +111,7 @@ def test_classification_metrics_are_scikit_learns() -> None:
         "matthews": sk.matthews_corrcoef(labels, predicted),
         "auroc": sk.roc_auc_score(labels, probability[:, 1]),
     })  # fmt: skip
-    assert np.isnan(binary_metrics(logits, np.zeros(200, dtype=int))["auroc"])
+    assert np.isnan(class_metrics(logits, np.zeros(200, dtype=int))["auroc"])
 
 
 def test_regression_metrics_are_scipys() -> None:

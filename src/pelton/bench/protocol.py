@@ -18,7 +18,7 @@ from pelton.errors import DataError, unknown
 from pelton.methods import LoRA
 from pelton.methods.base import LINEAR_SITES
 from pelton.registry import Spec
-from pelton.tasks.glue import GLUE
+from pelton.tasks.glue import GLUE, HUB
 from pelton.training.backbone import adapter_config
 from pelton.training.loading import parse_recipe
 from pelton.training.recipe import Recipe
@@ -65,6 +65,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "conll2003": {"kind": "token-classification", "max_length": 128},
     "banking77": {"kind": "text-classification", "max_length": 64, **MEAN_HEAD},
 }
+ELSEWHERE = {**dict.fromkeys(GLUE, HUB), "banking77": "pelton:banking77"}
+"""Where a task's rows are without a folder of data."""
 
 
 @dataclass(frozen=True, order=True)
@@ -83,7 +85,7 @@ class Protocol:
     """What all cells share.
 
     Attributes:
-        data: A folder with one folder for each task.
+        data: A folder with one folder for each task; without one GLUE comes from the hub, BANKING77 with Pelton.
         backbone: As in a recipe.
         batch_size: Examples a step.
         evaluations: How often the held-back rows are looked at; the best checkpoint is kept.
@@ -93,7 +95,7 @@ class Protocol:
         fixed_steps: Optimiser steps of every run; they grow with the data when not given.
     """
 
-    data: str
+    data: str | None
     backbone: str = MINILM
     batch_size: int = 16
     evaluations: int = 5
@@ -148,7 +150,15 @@ class Protocol:
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def require_data(self, tasks: Sequence[str]) -> None:
-        """Raises DataError where the data folder lacks a task's folder."""
+        """Raises DataError where the data folder lacks a task's folder, or a task has no data without one."""
+        if self.data is None:
+            missing = [task for task in tasks if task not in ELSEWHERE]
+            if missing:
+                raise DataError(
+                    f"{', '.join(missing)} cannot be had without a folder: give --data DIR, with a folder of that name "
+                    f"and its train and test files in it. Tasks that need none: {', '.join(ELSEWHERE)}."
+                )
+            return
         place = Path(self.data).expanduser()
         for task in tasks:
             if not (place / task).is_dir():
@@ -168,7 +178,8 @@ class Protocol:
         settings = {**TASKS[cell.task], "examples": cell.examples, "validation_examples": HELD_BACK, "train": "train"}
         if settings.get("name") == "stsb":
             settings.pop("head_init")
-        return {**settings, "data": str(Path(self.data).expanduser() / cell.task), "validation": "train"}
+        place = ELSEWHERE.get(cell.task) if self.data is None else str(Path(self.data).expanduser() / cell.task)
+        return {**settings, "data": place, "validation": "train"}
 
     def _method(self, name: str) -> Method:
         if name != EQUAL:

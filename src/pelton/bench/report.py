@@ -20,6 +20,7 @@ from pelton.bench.statistics import (
     paired_bootstrap,
     score_table,
 )
+from pelton.tasks.glue import GLUE
 
 CANDIDATE = "pelton"
 
@@ -76,12 +77,17 @@ def _scores(grid: Grid, here: pd.DataFrame, every: pd.DataFrame) -> list[str]:
     trainable = here.groupby("method")["trainable"].median().to_dict()
     time = here.groupby(["task", "method"])["train_seconds"].mean().unstack("method")
     ratio = time.div(time["full"], axis=0).mean().to_dict() if "full" in time else {}
-    head = ["method", *grid.tasks, "mean", "rank", "trainable", "training time"]
+    glue = [task for task in grid.tasks if task in GLUE]
+    of_glue = over_tasks(every[every["task"].isin(glue)])["mean"].to_dict() if len(glue) > 1 else None
+    columns = ["mean", "rank", *(["GLUE"] if of_glue is not None else []), "trainable", "training time"]
+    head = ["method", *grid.tasks, *columns]
     lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
     for method in grid.methods:
         row = [_cell(by_cell.get((task, method))) for task in grid.tasks]
         known = summary.get(method)
         row += [f"**{known['mean']:.2f}** ± {known['std']:.2f}", f"{known['rank']:.1f}"] if known else ["–", "–"]
+        if of_glue is not None:
+            row += [f"{of_glue[method]:.2f}" if method in of_glue else "–"]
         row += [f"{int(trainable[method]):,}" if method in trainable else "–"]
         row += [f"{ratio[method]:.2f}×" if method in ratio else "–"]
         lines.append(f"| {method} | {' | '.join(row)} |")

@@ -10,6 +10,7 @@ from typing import Any
 from pelton.bench.grid import Grid
 from pelton.bench.journal import Journal, Record
 from pelton.bench.protocol import Cell
+from pelton.tasks.glue import GLUE, glue_score
 from pelton.version import __version__
 
 WAIT_SECONDS = 10.0
@@ -70,7 +71,7 @@ def train(grid: Grid, cell: Cell) -> Record:
         "rate": cell.rate,
         "seed": cell.seed,
         "validation": _round(metrics["validation"]["score"]),
-        "test": _round(metrics["test"]["score"]),
+        "test": _round(glue_score(cell.task, metrics) if cell.task in GLUE else metrics["test"]["score"]),
         "metrics": {name: _round(value) for name, value in metrics["test"].items() if name != "score"},
         "trainable": metrics["parameters"]["trainable"],
         "steps": metrics["steps"],

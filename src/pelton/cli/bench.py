@@ -8,12 +8,14 @@ from typing import Annotated, Literal
 
 import typer
 
-TASKS = "mrpc,rte,cola,sst2,conll2003,banking77"
+TASKS = "mrpc,rte,cola,sst2,stsb,conll2003,banking77"
 METHODS = "full,head,lora,lora-all,lora-all-equal,bottleneck,prefix,ia3,bitfit,unipelt,pelton"
 
 
 def bench(
-    data: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder with one folder a task.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder with one folder a task; else GLUE from the hub.")
+    ] = None,
     tasks: Annotated[str, typer.Option(help="Tasks, by comma.")] = TASKS,
     examples: Annotated[str, typer.Option(help="Training examples, by comma.")] = "100,500,1000",
     methods: Annotated[str, typer.Option(help="Methods, by comma.")] = METHODS,
@@ -34,11 +36,9 @@ def bench(
     from pelton.bench.protocol import MINILM, Protocol
     from pelton.bench.report import markdown, write
     from pelton.bench.worker import progress, work
-    from pelton.errors import RecipeError
 
-    if data is None and limit != 0:
-        raise RecipeError("A benchmark needs data: --data DIR, a folder with one folder for each task.")
-    protocol = Protocol(str(data), backbone or MINILM, precision=precision, attention=attention, fixed_steps=steps)
+    place = None if data is None else str(data)
+    protocol = Protocol(place, backbone or MINILM, precision=precision, attention=attention, fixed_steps=steps)
     grid = Grid(protocol, _names(tasks), _counts(examples), _names(methods), range(seeds))
     journal = Journal(out)
 

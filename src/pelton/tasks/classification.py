@@ -12,10 +12,19 @@ from pydantic import field_validator, model_validator
 
 from pelton.tasks.base import Collator, Examples, Task
 from pelton.tasks.labels import Labels, find_labels
-from pelton.tasks.metrics import binary_metrics, classification_metrics, softmax
+from pelton.tasks.metrics import class_metric_names, class_metrics, softmax
 from pelton.tasks.settings import TextSettings
 from pelton.tasks.tables import Table
-from pelton.tasks.texts import Texts, check_texts, columns_of, resolve_columns, tokenise, typed_texts
+from pelton.tasks.texts import (
+    Texts,
+    check_texts,
+    columns_of,
+    pad_texts,
+    resolve_columns,
+    sequence_model,
+    tokenise,
+    typed_texts,
+)
 
 
 class ClassificationSettings(TextSettings):
@@ -76,20 +85,16 @@ class TextClassification(Task[ClassificationSettings]):
     def restore(cls, settings: ClassificationSettings, stored: Mapping[str, Any]) -> Self:
         """Rebuilds the task with a run's classes."""
         columns_of(settings)
-        return cls(settings, Labels(tuple(stored["names"]), stored["ids"]))
+        return cls(settings, Labels.restored(stored))
 
     def stored(self) -> dict[str, Any]:
         """Returns the classes."""
-        return {"names": self.labels.names, "ids": self.labels.ids}
+        return self.labels.stored()
 
     @property
     def model_class(self) -> Any:
         """The classifier of transformers, or mean pooling."""
-        from transformers import AutoModelForSequenceClassification
-
-        from pelton.tasks.heads import MeanPoolingClassifier
-
-        return MeanPoolingClassifier if self.settings.head == "mean" else AutoModelForSequenceClassification
+        return sequence_model(self.settings.head)
 
     def model_options(self) -> dict[str, Any]:
         """Returns the classes."""
@@ -98,7 +103,7 @@ class TextClassification(Task[ClassificationSettings]):
     @property
     def metrics(self) -> tuple[str, ...]:
         """Accuracy, macro F1 and loss; with two classes F1, Matthews and the area under the curve."""
-        return ("accuracy", "macro_f1", *(("f1", "matthews", "auroc") if len(self.labels) == 2 else ()), "loss")
+        return class_metric_names(len(self.labels))
 
     def check(self, table: Table) -> Examples:
         """Turns a table into examples.
@@ -137,9 +142,7 @@ class TextClassification(Task[ClassificationSettings]):
 
     def collator(self, processor: Any) -> Collator:
         """Pads to the longest text of a batch."""
-        from transformers import DataCollatorWithPadding
-
-        return DataCollatorWithPadding(processor)  # type: ignore[no-any-return]
+        return pad_texts(processor)
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> list[Any]:
         """Returns logits [classes] for each row."""
@@ -147,9 +150,7 @@ class TextClassification(Task[ClassificationSettings]):
 
     def evaluate(self, examples: Examples, features: Any, outputs: Sequence[Any]) -> dict[str, float]:
         """Computes the metrics of `metrics`."""
-        logits, labels = np.asarray(outputs), np.asarray(examples.targets)
-        values = classification_metrics(logits, labels)
-        return {**values, **(binary_metrics(logits, labels) if len(self.labels) == 2 else {})}
+        return class_metrics(np.asarray(outputs), np.asarray(examples.targets))
 
     def predict(self, inputs: Sequence[Texts], features: Any, outputs: Sequence[Any]) -> list[ClassPrediction]:
         """Returns the classes by probability."""

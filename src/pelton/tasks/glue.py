@@ -90,8 +90,3 @@ def glue_score(name: str, metrics: Mapping[str, Any]) -> float:
     """
     splits = [metrics["test"], *([metrics["test_mismatched"]] if "test_mismatched" in metrics else [])]
     return float(np.mean([values[key] for values in splits for key in GLUE[name].score]))
-
-
-def glue_mean(runs: Mapping[str, Mapping[str, Any]]) -> float:
-    """Returns the mean GLUE score over tasks, 0 to 1, from each task's metrics by split."""
-    return float(np.mean([glue_score(name, metrics) for name, metrics in runs.items()]))

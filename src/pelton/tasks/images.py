@@ -13,7 +13,7 @@ from pelton.errors import DataError
 from pelton.tasks.base import Collator, Examples, Task
 from pelton.tasks.columns import LABELS, pick_column
 from pelton.tasks.labels import Labels, find_labels
-from pelton.tasks.metrics import binary_metrics, classification_metrics, softmax
+from pelton.tasks.metrics import class_metric_names, class_metrics, softmax
 from pelton.tasks.pictures import Picture, as_picture
 from pelton.tasks.pixels import Augment, ImageFeatures, load_image_processor
 from pelton.tasks.settings import TaskSettings
@@ -67,11 +67,11 @@ class ImageClassification(Task[ImageSettings]):
     @classmethod
     def restore(cls, settings: ImageSettings, stored: Mapping[str, Any]) -> Self:
         """Rebuilds the task with a run's classes."""
-        return cls(settings, Labels(tuple(stored["names"]), stored["ids"]))
+        return cls(settings, Labels.restored(stored))
 
     def stored(self) -> dict[str, Any]:
         """Returns the classes."""
-        return {"names": self.labels.names, "ids": self.labels.ids}
+        return self.labels.stored()
 
     @property
     def model_class(self) -> Any:
@@ -91,7 +91,7 @@ class ImageClassification(Task[ImageSettings]):
     @property
     def metrics(self) -> tuple[str, ...]:
         """Accuracy, macro F1 and loss; with two classes F1, Matthews and the area under the curve."""
-        return ("accuracy", "macro_f1", *(("f1", "matthews", "auroc") if len(self.labels) == 2 else ()), "loss")
+        return class_metric_names(len(self.labels))
 
     def check(self, table: Table) -> Examples:
         """Turns a table into examples.
@@ -161,9 +161,7 @@ class ImageClassification(Task[ImageSettings]):
 
     def evaluate(self, examples: Examples, features: Any, outputs: Sequence[Any]) -> dict[str, float]:
         """Computes the metrics of `metrics`."""
-        logits, labels = np.asarray(outputs), np.asarray(examples.targets)
-        values = classification_metrics(logits, labels)
-        return {**values, **(binary_metrics(logits, labels) if len(self.labels) == 2 else {})}
+        return class_metrics(np.asarray(outputs), np.asarray(examples.targets))
 
     def predict(self, inputs: Sequence[Picture], features: Any, outputs: Sequence[Any]) -> list[ImagePrediction]:
         """Returns the classes by probability."""

@@ -96,7 +96,7 @@ class IntentClassification(TextClassification):
     def restore(cls, settings: ClassificationSettings, stored: Mapping[str, Any]) -> Self:
         """Rebuilds the task with a run's intents and threshold."""
         columns_of(settings)
-        labels = Labels(tuple(stored["names"]), stored["ids"])
+        labels = Labels.restored(stored)
         return cls(cast(IntentSettings, settings), labels, stored["out"], stored["threshold"])
 
     def stored(self) -> dict[str, Any]:

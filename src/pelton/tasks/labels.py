@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Self
 
 from pelton.errors import DataError, nearest
 from pelton.tasks.tables import Table
@@ -22,6 +22,15 @@ class Labels:
 
     names: tuple[str, ...]
     ids: bool
+
+    @classmethod
+    def restored(cls, stored: Mapping[str, Any]) -> Self:
+        """Takes what `stored` gave; further keys are left alone."""
+        return cls(tuple(stored["names"]), stored["ids"])
+
+    def stored(self) -> dict[str, Any]:
+        """Returns the classes as JSON."""
+        return {"names": self.names, "ids": self.ids}
 
     def __len__(self) -> int:
         """Returns the number of classes."""

@@ -19,33 +19,34 @@ def softmax(logits: NDArray[np.floating]) -> NDArray[np.floating]:
     return np.exp(log_softmax(logits, axis=-1))  # type: ignore[no-any-return]
 
 
-def classification_metrics(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> dict[str, float]:
-    """Returns accuracy, macro F1 and mean cross-entropy.
+BINARY = ("f1", "matthews", "auroc")
+
+
+def class_metric_names(classes: int) -> tuple[str, ...]:
+    """Returns what `class_metrics` gives for a number of classes."""
+    return ("accuracy", "macro_f1", *(BINARY if classes == 2 else ()), "loss")
+
+
+def class_metrics(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> dict[str, float]:
+    """Returns accuracy, macro F1 and mean cross-entropy; of two classes also F1 of class 1, Matthews and the ROC area.
+
+    The area needs no threshold; where only one class occurs it does not exist, and is NaN.
 
     Args:
         logits: [B, classes].
         labels: [B].
     """
     predicted = logits.argmax(axis=-1)
-    return {
+    values = {
         "accuracy": float(accuracy_score(labels, predicted)),
         "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0.0)),
-        "loss": cross_entropy(logits, labels),
     }
-
-
-def binary_metrics(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> dict[str, float]:
-    """Returns what two classes have: F1 of class 1, Matthews correlation, area under the ROC curve.
-
-    The area needs no threshold; where only one class occurs it does not exist, and is NaN.
-    """
-    predicted = logits.argmax(axis=-1)
-    both = np.unique(labels).size == 2
-    return {
-        "f1": float(f1_score(labels, predicted, average="binary", zero_division=0.0)),
-        "matthews": float(matthews_corrcoef(labels, predicted)),
-        "auroc": float(roc_auc_score(labels, logits[:, 1] - logits[:, 0])) if both else float("nan"),
-    }
+    if logits.shape[1] == 2:
+        both = np.unique(labels).size == 2
+        values["f1"] = float(f1_score(labels, predicted, average="binary", zero_division=0.0))
+        values["matthews"] = float(matthews_corrcoef(labels, predicted))
+        values["auroc"] = float(roc_auc_score(labels, logits[:, 1] - logits[:, 0])) if both else float("nan")
+    return {**values, "loss": cross_entropy(logits, labels)}
 
 
 def scope_metrics(

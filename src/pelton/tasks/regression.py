@@ -15,7 +15,16 @@ from pelton.tasks.base import Collator, Examples, Task
 from pelton.tasks.metrics import regression_metrics
 from pelton.tasks.settings import TextSettings
 from pelton.tasks.tables import Table
-from pelton.tasks.texts import Texts, check_texts, columns_of, resolve_columns, tokenise, typed_texts
+from pelton.tasks.texts import (
+    Texts,
+    check_texts,
+    columns_of,
+    pad_texts,
+    resolve_columns,
+    sequence_model,
+    tokenise,
+    typed_texts,
+)
 
 STRATA = 5
 
@@ -72,11 +81,7 @@ class TextRegression(Task[RegressionSettings]):
     @property
     def model_class(self) -> Any:
         """The classifier of transformers with one output, or mean pooling."""
-        from transformers import AutoModelForSequenceClassification
-
-        from pelton.tasks.heads import MeanPoolingClassifier
-
-        return MeanPoolingClassifier if self.settings.head == "mean" else AutoModelForSequenceClassification
+        return sequence_model(self.settings.head)
 
     def model_options(self) -> dict[str, Any]:
         """Says one output, judged by its squared error."""
@@ -119,9 +124,7 @@ class TextRegression(Task[RegressionSettings]):
 
     def collator(self, processor: Any) -> Collator:
         """Pads to the longest text of a batch."""
-        from transformers import DataCollatorWithPadding
-
-        return DataCollatorWithPadding(processor)  # type: ignore[no-any-return]
+        return pad_texts(processor)
 
     def outputs(self, model: Any, batch: Mapping[str, Any]) -> list[Any]:
         """Returns one number for each row, of the model's scale."""

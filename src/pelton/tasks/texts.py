@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pelton.errors import DataError
+from pelton.tasks.base import Collator
 from pelton.tasks.columns import Columns, find_columns
 from pelton.tasks.settings import TextSettings
 from pelton.tasks.tables import Table
@@ -64,3 +65,19 @@ def tokenise(texts: Sequence[Texts], tokenizer: Any, settings: TextSettings) -> 
         return dict(tokenizer(*fields, truncation=shorten, max_length=settings.max_length))
     finally:
         tokenizer.truncation_side = side
+
+
+def sequence_model(head: Literal["pooler", "mean"]) -> Any:
+    """Returns the class that loads a backbone with one vector a text: transformers' own, or mean pooling."""
+    from transformers import AutoModelForSequenceClassification
+
+    from pelton.tasks.heads import MeanPoolingClassifier
+
+    return MeanPoolingClassifier if head == "mean" else AutoModelForSequenceClassification
+
+
+def pad_texts(tokenizer: Any) -> Collator:
+    """Returns what pads to the longest text of a batch."""
+    from transformers import DataCollatorWithPadding
+
+    return DataCollatorWithPadding(tokenizer)  # type: ignore[no-any-return]

@@ -70,11 +70,11 @@ class TokenClassification(Task[TokenSettings]):
     @classmethod
     def restore(cls, settings: TokenSettings, stored: Mapping[str, Any]) -> Self:
         """Rebuilds the task with a run's tags."""
-        return cls(settings, Labels(tuple(stored["names"]), stored["ids"]))
+        return cls(settings, Labels.restored(stored))
 
     def stored(self) -> dict[str, Any]:
         """Returns the tags."""
-        return {"names": self.labels.names, "ids": self.labels.ids}
+        return self.labels.stored()
 
     @property
     def model_class(self) -> Any:
