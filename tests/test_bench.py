@@ -90,7 +90,7 @@ def test_every_cell_is_a_valid_recipe(task: str, method: str) -> None:
     rate = Protocol("data").rates(method)[0]
     recipe = Protocol("data").recipe(Cell(task, 100, method, rate, 0), "out")
     assert recipe.task.examples == 100
-    assert recipe.training.max_steps == 200
+    assert recipe.training.max_steps == 300
     assert recipe.training.max_steps % recipe.training.evaluate_every == 0  # type: ignore[operator]
 
 

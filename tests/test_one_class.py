@@ -56,6 +56,14 @@ def test_tags_of_one_kind_are_refused(tmp_path: Path) -> None:
     assert load(tmp_path, "token-classification", validation_fraction=0.0).task.labels.bio
 
 
+def test_a_judged_split_of_one_class_says_so(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", sentences(20))
+    write_jsonl(tmp_path / "test.jsonl", sentences(8)[::2])
+    loaded = load(tmp_path)
+    assert [note for note in loaded.describe()["notes"] if "all 4 test rows have one class (column 'label')" in note]
+    assert not [note for note in loaded.notes if "validation rows" in note]
+
+
 def test_kinds_without_classes_are_not_asked(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "train.jsonl", [{"text": f"a{i}", "label": 1.0} for i in range(4)])
     assert len(load(path, "text-regression", validation_fraction=0.0).splits["train"]) == 4

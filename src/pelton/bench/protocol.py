@@ -48,13 +48,13 @@ METHODS: dict[str, Method] = {
     "full": Method(None, (5e-5, 2e-4), single=False),
     "head": Method({"preset": "head"}, (1e-3, 1e-2), single=False),
     "lora": Method({"preset": "lora"}, (1e-3, 3e-3)),
-    "lora-all": Method(_lora_everywhere(rank=8), (1e-3, 3e-3)),
+    "lora-all": Method(_lora_everywhere(rank=8), (5e-4, 1e-3)),
     "bottleneck": Method({"preset": "bottleneck"}, (1e-3, 3e-3)),
     "prefix": Method({"preset": "prefix"}, (3e-3, 1e-2)),
     "ia3": Method({"preset": "ia3"}, (3e-3, 1e-2)),
     "bitfit": Method({"preset": "bitfit"}, (1e-3, 3e-3)),
     "unipelt": Method({"preset": "unipelt"}, (1e-3, 3e-3), single=False),
-    "pelton": Method({"preset": "default"}, (1e-3, 3e-3), single=False),
+    "pelton": Method({"preset": "default"}, (1e-3, 2e-3), single=False),
 }
 EQUAL = "lora-all-equal"
 """LoRA on every linear site, its rank such that it trains as many parameters as `pelton`."""
@@ -97,7 +97,7 @@ class Protocol:
 
     data: str | None
     backbone: str = MINILM
-    batch_size: int = 16
+    batch_size: int = 8
     evaluations: int = 5
     head_rate: float = 1e-3
     precision: str = "fp32"
@@ -105,8 +105,8 @@ class Protocol:
     fixed_steps: int | None = None
 
     def steps(self, examples: int) -> int:
-        """Returns the optimiser steps of every method at a data size: 200 at 100 examples, 400 at 500, 650 at 1000."""
-        wanted = self.fixed_steps or 150 + examples // 2
+        """Returns the optimiser steps of every method at a data size: 300 at 100 examples, 600 at 500, 975 at 1000."""
+        wanted = self.fixed_steps or 225 + 3 * examples // 4
         return max(1, wanted // self.evaluations) * self.evaluations
 
     def recipe(self, cell: Cell, output: str) -> Recipe:
@@ -123,6 +123,7 @@ class Protocol:
                 "max_steps": steps,
                 "evaluate_every": steps // self.evaluations,
                 "batch_size": self.batch_size,
+                "group_by_length": True,
                 "head_learning_rate": cell.rate if cell.method == "head" else self.head_rate,
                 "precision": self.precision,
                 "seed": cell.seed,

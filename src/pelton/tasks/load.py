@@ -22,6 +22,7 @@ from pelton.tasks.seq2seq import Seq2SeqSettings, SequenceToSequence
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.splits import load_splits
 from pelton.tasks.streams import TrainingStream, open_stream
+from pelton.tasks.tables import Table
 from pelton.tasks.tokens import TokenClassification, TokenSettings
 
 KINDS: dict[type[TaskSettings], type[Task[Any]]] = {
@@ -133,7 +134,7 @@ def load_task(settings: TaskSettings, seed: int) -> Loaded:
         splits["train"] = replace(splits["train"], notes=(*splits["train"].notes, note))
     task.require_splits(splits)
     _require_classes(task, everything, splits["train"], tables["train"].name)
-    return Loaded(task, splits, drawn)
+    return Loaded(task, _judged_classes(task, splits, tables), drawn)
 
 
 def _load_stream(settings: TaskSettings, seed: int) -> Loaded:
@@ -141,7 +142,8 @@ def _load_stream(settings: TaskSettings, seed: int) -> Loaded:
     stream = open_stream(settings, KINDS[type(settings)])
     task = stream.task
     task.require_metrics()
-    splits = {split: task.check(table) for split, table in load_splits(settings).items()}
+    tables = load_splits(settings)
+    splits = {split: task.check(table) for split, table in tables.items()}
     if "validation" in splits:
         splits["validation"] = _fewer(settings, task, splits["validation"], seed)
     elif settings.validation_fraction if settings.validation_examples is None else settings.validation_examples:
@@ -150,7 +152,7 @@ def _load_stream(settings: TaskSettings, seed: int) -> Loaded:
             "task.validation_examples=0 to do without."
         )
     task.require_splits(splits)
-    return Loaded(task, splits, {}, stream)
+    return Loaded(task, _judged_classes(task, splits, tables), {}, stream)
 
 
 def _fewer(settings: TaskSettings, task: Task[Any], given: Examples, seed: int) -> Examples:
@@ -189,6 +191,23 @@ def _require_classes(task: Task[Any], everything: Examples, drawn: Examples, nam
         f"{name}, column {column!r}: the {len(drawn)} training rows that were drawn have one class of "
         f"{len(classes)}. Expected two or more: change {asked}."
     )
+
+
+def _judged_classes(
+    task: Task[Any], splits: Mapping[str, Examples], tables: Mapping[str, Table]
+) -> dict[str, Examples]:
+    """Returns the splits; one that is judged and has one class only says so in its notes."""
+    noted = dict(splits)
+    for split, examples in splits.items():
+        found = None if split == "train" else task.classes(examples)
+        if found is not None and len(found[1]) == 1:
+            name = tables[split].name if split in tables else "The held-back validation"
+            note = (
+                f"{name}: all {len(examples)} {split} rows have one class (column {found[0]!r}), so scores on them do "
+                f"not tell models apart. Add rows of another class, or name another split with task.{split}."
+            )
+            noted[split] = replace(examples, notes=(*examples.notes, note))
+    return noted
 
 
 def _draw(settings: TaskSettings, classes: Sequence[Any], seed: int, labels: Any) -> Sequence[int]:
