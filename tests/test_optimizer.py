@@ -116,6 +116,25 @@ def test_methods_learn_at_their_own_rates() -> None:
         assert group["lr"] == {"methods": 1.0, "methods.prefix": 3.0, "gates": 2.0}[group["name"]]
 
 
+def test_factors_that_start_at_zero_may_learn_faster() -> None:
+    model = get_peft_model(ARCHS["bert"].build(), PeltonConfig())
+    settings = TrainingSettings(learning_rate=1.0, method_learning_rates={"bottleneck": 3.0}, up_rate_ratio=4.0)
+    groups = parameter_groups(model, settings)
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    found = {
+        name.rpartition(".pelton.methods.default.")[2]: rates[id(p)]
+        for name, p in model.named_parameters()
+        if id(p) in rates
+    }
+    zero = {name for name, p in model.named_parameters() if id(p) in rates and p.ndim == 2 and not p.any()}
+    for name, rate in found.items():
+        base = {"lora": 1.0, "bottleneck": 3.0}.get(name.split(".")[0], 1.0)
+        assert rate == (4.0 * base if any(whole.endswith(name) for whole in zero) else base), name
+    assert {group["name"] for group in groups} == {
+        *("methods", "methods.up", "methods.bottleneck", "methods.bottleneck.up", "gates"),
+    }
+
+
 def test_what_l2_sp_holds_does_not_decay() -> None:
     settings = TrainingSettings(l2_sp=0.1, l2_head=0.1, weight_decay=0.3)
     assert {group["weight_decay"] for group in parameter_groups(ARCHS["bert"].build(), settings)} == {0.0}
@@ -287,3 +306,16 @@ def test_a_rate_for_a_method_that_the_adapter_lacks(make: Make) -> None:
         fit(make(method_learning_rates={"prefix": 1e-2}))
     with pytest.raises(RecipeError, match=r"train_backbone and adapter.preset=head exclude each other"):
         fit(make({"preset": "head"}, train_backbone=True))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "change", "why"),
+    [
+        ({"preset": "head"}, {"gate_warmup_steps": 3}, "the recipe has no methods"),
+        ({"preset": "head"}, {"up_rate_ratio": 3.0}, "the recipe has no methods"),
+        ({"preset": "prefix"}, {"up_rate_ratio": 3.0}, "prefix learn no product with a factor at zero"),
+    ],
+)
+def test_what_would_have_no_effect_is_refused(make: Make, adapter: Any, change: Any, why: str) -> None:
+    with pytest.raises(RecipeError, match=f"training.{next(iter(change))} would have no effect, since {why}"):
+        fit(make(adapter, **change))

@@ -69,6 +69,8 @@ class MethodSpec(Spec):
 
     allowed: ClassVar[tuple[str, ...]] = LINEAR_SITES
     foldable: ClassVar[bool] = False
+    up: ClassVar[str | None] = None
+    """The parameter of a part that stands last in a product and starts at zero, where a part is such a product."""
 
     def __post_init__(self) -> None:
         """Checks the fields every method shares: `sites` and `layers`."""
@@ -116,7 +118,8 @@ def add_product(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
     """
     if y.dtype != z.dtype:  # autocast: the product comes in its dtype
         return y + nn.functional.linear(z, weight).to(y.dtype)
-    flat, low, high = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1]), weight.t()
+    flat, low = y.reshape(-1, y.shape[-1]), z.reshape(-1, z.shape[-1])
+    high = weight.t().contiguous()  # a transposed view makes the gradient of `weight` up to five times slower on CPU
     if torch.is_grad_enabled() or not y.is_contiguous():
         return torch.addmm(flat, low, high).view(y.shape)
     return flat.addmm_(low, high).view(y.shape)

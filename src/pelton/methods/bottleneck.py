@@ -50,6 +50,7 @@ class Bottleneck(MethodSpec):
 
     kind: ClassVar[str] = "bottleneck"
     allowed: ClassVar[tuple[str, ...]] = ("attn.out", "ffn.out")
+    up: ClassVar[str | None] = "up"
 
     bottleneck_size: int = 48
     activation: str = "relu"

@@ -36,6 +36,7 @@ class LoRA(MethodSpec):
     kind: ClassVar[str] = "lora"
     allowed: ClassVar[tuple[str, ...]] = LINEAR_SITES
     foldable: ClassVar[bool] = True
+    up: ClassVar[str | None] = "B"
 
     rank: int = 8
     alpha: float = 16

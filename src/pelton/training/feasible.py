@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 from pelton.errors import RecipeError, nearest
@@ -9,9 +10,19 @@ from pelton.gates.mlp import MLPGate
 from pelton.gates.penalties import wanted
 from pelton.tasks.load import Loaded
 from pelton.training.losses import class_count, require_loss
-from pelton.training.recipe import Recipe, TrainingSettings
+from pelton.training.recipe import Recipe, TrainingSettings, default_of
 from pelton.training.sections import PenaltySettings
 from pelton.tuner.config import PeltonConfig
+
+OF_ADAPTERS = (
+    "method_learning_rates",
+    "up_rate_ratio",
+    "gate_learning_rate",
+    "gate_warmup_steps",
+    "gate_temperature_end",
+    "penalty",
+)
+"""What only methods and gates have."""
 
 
 def require_adapter(recipe: Recipe, config: PeltonConfig | None) -> None:
@@ -25,6 +36,7 @@ def require_adapter(recipe: Recipe, config: PeltonConfig | None) -> None:
     if config is None:
         if recipe.adapter is not None and settings.train_backbone:
             raise RecipeError("training.train_backbone and adapter.preset=head exclude each other: head freezes it.")
+        _require_unused(settings, OF_ADAPTERS, "the recipe has no methods")
         return
     kinds = [spec.kind for spec in config.specs]
     for kind in settings.method_learning_rates:
@@ -34,6 +46,8 @@ def require_adapter(recipe: Recipe, config: PeltonConfig | None) -> None:
             raise RecipeError(
                 f"training.method_learning_rates has a rate for {kind!r}, but the adapter has {', '.join(kinds)}.{hint}"
             )
+    if not any(spec.up for spec in config.specs):
+        _require_unused(settings, ("up_rate_ratio",), f"{', '.join(kinds)} learn no product with a factor at zero")
     gate = config.gate_spec
     if settings.gate_temperature_end is not None and not isinstance(gate, MLPGate):
         raise RecipeError(
@@ -44,6 +58,12 @@ def require_adapter(recipe: Recipe, config: PeltonConfig | None) -> None:
             "training.penalty schedules the gate's penalties, but it has none. Set adapter.gate.entropy, "
             "adapter.gate.balance or, with sigmoid, adapter.gate.l1."
         )
+
+
+def _require_unused(settings: TrainingSettings, keys: Sequence[str], why: str) -> None:
+    for key in keys:
+        if getattr(settings, key) != default_of(key):
+            raise RecipeError(f"training.{key} would have no effect, since {why}. Leave it out.")
 
 
 def require_objective(settings: TrainingSettings, data: Loaded) -> None:

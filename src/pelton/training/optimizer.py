@@ -1,7 +1,8 @@
 """Parameter groups: gates, methods, head and backbone learn at rates of their own, deep blocks at lower ones.
 
-A group is named after what it holds: `gates`, `methods`, `methods.prefix` where a kind has a rate of its own, `head`,
-`backbone`, and `backbone.2` for what lies two blocks below the top under layer-wise decay.
+A group is named after what it holds: `gates`, `methods`, `methods.prefix` where a kind has a rate of its own,
+`methods.up` for the factors of products that start at zero where they have one, `head`, `backbone`, and `backbone.2`
+for what lies two blocks below the top under layer-wise decay.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import torch
 from torch import nn
 
 from pelton.errors import TrainingError
+from pelton.methods import METHODS
 from pelton.training.depth import parameter_depths
 from pelton.training.recipe import TrainingSettings
 from pelton.tuner.controls import tuners
 
-METHODS = ".pelton.methods."
+INSIDE = ".pelton.methods."
 
 
 def group_of(name: str, head: str | None) -> str:
@@ -29,7 +31,7 @@ def group_of(name: str, head: str | None) -> str:
     """
     if ".pelton.gates." in name:
         return "gates"
-    if METHODS in name:
+    if INSIDE in name:
         return "methods"
     if ".modules_to_save." in name or (head is not None and not name.startswith(f"{head}.")):
         return "head"
@@ -77,9 +79,8 @@ def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[
     for group, members in found.items():
         for name, parameter in members:
             part, rate = group, rates[group]
-            if group == "methods" and _method(name) in settings.method_learning_rates:
-                part = f"methods.{_method(name)}"
-                rate = rates[part]
+            if group == "methods":
+                part, rate = _of_method(name, settings, rates)
             elif group == "backbone" and depths:
                 depth = depths[id(parameter)]
                 part, rate = f"backbone.{depth}", rate * settings.layer_decay**depth
@@ -101,9 +102,14 @@ def gate_parameters(model: nn.Module) -> Mapping[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if group_of(name, None) == "gates"}
 
 
-def _method(name: str) -> str:
-    """Returns the kind in `….pelton.methods.ADAPTER.KIND.…`."""
-    return name.partition(METHODS)[2].split(".")[1]
+def _of_method(name: str, settings: TrainingSettings, rates: Mapping[str, float]) -> tuple[str, float]:
+    """Returns group and rate of a parameter `….pelton.methods.ADAPTER.KIND.KEY.PARAMETER`."""
+    path = name.partition(INSIDE)[2].split(".")
+    kind = path[1]
+    part = f"methods.{kind}" if kind in settings.method_learning_rates else "methods"
+    if settings.up_rate_ratio != 1 and path[-1] == METHODS[kind].up:
+        return f"{part}.up", rates[part] * settings.up_rate_ratio
+    return part, rates[part]
 
 
 def _plain(model: nn.Module) -> nn.Module:

@@ -59,6 +59,9 @@ class TrainingSettings(Section):
         gate_learning_rate: Of the gates; `learning_rate` when not given.
         head_learning_rate: Of the head; `learning_rate` when not given.
         method_learning_rates: Of single kinds of methods, `{prefix: 1.0e-2}`, instead of `learning_rate`.
+        up_rate_ratio: What LoRA's B and a bottleneck's U learn at, as a multiple of their method's rate. They start at
+            zero, far from where they end, while what stands before them starts at full size and bears smaller steps
+            (LoRA+, Hayou et al. 2024, arXiv 2402.12354, section 4).
         backbone_learning_rate: Of the backbone, where it is not frozen.
         train_backbone: Trains the whole backbone together with the adapter; with `adapter: null` it always is.
         layer_decay: What a block of a trained backbone learns at, as a factor of the rate of the block above;
@@ -97,6 +100,7 @@ class TrainingSettings(Section):
     gate_learning_rate: Rate | None = None
     head_learning_rate: Rate | None = None
     method_learning_rates: dict[str, Rate] = Field(default_factory=dict)
+    up_rate_ratio: Rate = 1.0
     backbone_learning_rate: Rate = 2e-5
     train_backbone: bool = False
     layer_decay: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
@@ -191,18 +195,25 @@ class Recipe(Section):
     def _what_is_set_is_there(self) -> Self:
         """Refuses settings of what is not trained, or not attached."""
         training = self.training
-        held = [key for key in ("layer_decay", "l2_sp") if getattr(training, key) != _default(key)]
+        held = [key for key in ("layer_decay", "l2_sp") if getattr(training, key) != default_of(key)]
         if held and not self.trains_backbone:
             raise ValueError(
                 f"training.{held[0]} is for a backbone that is trained, and it is frozen: set "
                 "training.train_backbone=true, or adapter=null"
             )
-        gated = ("train_backbone", "method_learning_rates", "gate_temperature_end", "gate_warmup_steps", "penalty")
-        lost = [key for key in gated if getattr(training, key) != _default(key)]
+        gated = (
+            "train_backbone",
+            "method_learning_rates",
+            "up_rate_ratio",
+            "gate_temperature_end",
+            "gate_warmup_steps",
+        )
+        lost = [key for key in (*gated, "penalty") if getattr(training, key) != default_of(key)]
         if lost and self.adapter is None:
             raise ValueError(f"training.{lost[0]} is for an adapter, and adapter is null: leave one of them out")
         return self
 
 
-def _default(key: str) -> Any:
+def default_of(key: str) -> Any:
+    """Returns what a training setting is where a recipe does not say it."""
     return TrainingSettings.model_fields[key].get_default(call_default_factory=True)
