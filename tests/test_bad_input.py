@@ -250,7 +250,8 @@ def test_a_second_adapter_that_does_not_fit_leaves_the_first_alone(
     model.add_adapter("second", PeltonConfig(methods=["lora"]))
 
 
-def test_a_default_without_a_place_says_so() -> None:
+def test_a_default_without_a_place_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pelton.tuner.config.default_methods", lambda: (LoRA(), Prefix(), Bottleneck()))
     with pytest.warns(UserWarning, match="Left 'prefix' out of the default on 'deberta-v2': Disentangled"):
         model = get_peft_model(ARCHS["deberta-v2"].build(), PeltonConfig())
     assert {s.kind for b in gated_blocks(model) for s in b.wirings["default"].methods} == {"lora", "bottleneck"}
