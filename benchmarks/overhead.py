@@ -40,7 +40,8 @@ from pelton import IA3, BitFit, Bottleneck, LoRA, PeltonConfig, Prefix  # noqa: 
 from pelton.methods import LINEAR_SITES  # noqa: E402
 
 CONFIGS: dict[str, Callable[[], Any]] = {
-    "pelton": lambda: PeltonConfig(task_type="SEQ_CLS", methods=[LoRA(), Bottleneck(), Prefix()]),
+    "pelton": lambda: PeltonConfig(task_type="SEQ_CLS"),
+    "with-prefix": lambda: PeltonConfig(task_type="SEQ_CLS", methods=[LoRA(), Bottleneck(), Prefix()]),
     "lora-everywhere": lambda: PeltonConfig(
         task_type="SEQ_CLS", methods=[LoRA(sites=LINEAR_SITES), Bottleneck(), Prefix()]
     ),

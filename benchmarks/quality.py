@@ -25,13 +25,15 @@ from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+THREE = {"adapter.preset": None, "adapter.methods": ["lora", "bottleneck", "prefix"]}
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
     "full": ({"adapter": None, "training.head_learning_rate": 1e-3}, (1e-4, 2e-4)),
     "lora": ({"adapter.preset": "lora"}, (1e-3, 3e-3)),
     "bottleneck": ({"adapter.preset": "bottleneck"}, (1e-3, 3e-3)),
     "prefix": ({"adapter.preset": "prefix"}, (3e-3, 1e-2)),
-    "ungated": ({"adapter.gate": {"kind": "fixed", "value": 1.0}}, (1e-3, 3e-3)),
-    "gated": ({}, (1e-3, 3e-3)),
+    "ungated": ({**THREE, "adapter.gate": {"kind": "fixed", "value": 1.0}}, (1e-3, 3e-3)),
+    "gated": (THREE, (1e-3, 3e-3)),
+    "default": ({}, (1e-3, 3e-3)),
 }
 """What each method changes in the recipe, and the two learning rates it chooses from."""
 
