@@ -154,6 +154,13 @@ def test_ctrl_c_leaves_the_signal_as_it_was(make: Make) -> None:
     assert signal.getsignal(signal.SIGINT) is before
 
 
+def test_texts_that_fill_their_length_are_counted(make: Make) -> None:
+    run = fit(make(task={"max_length": 3}, max_steps=1))
+    count = run.folder.read("metrics")["train_examples"]
+    note = f"{count} of {count} training texts fill task.max_length; what is longer was cut"
+    assert run.folder.read("data")["notes"] == [note]
+
+
 def test_an_interrupted_run_keeps_its_early_stopping_count(make: Make) -> None:
     settings = {"epochs": 9, "early_stopping_patience": 2, "learning_rate": 1e-9, "head_learning_rate": 1e-9}
     whole = fit(make(**settings))

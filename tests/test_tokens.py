@@ -171,6 +171,11 @@ def test_words_that_were_cut_off_are_predicted_outside(backbone: Path, data: Pat
     found = trained.predict([("Ann", "Bob", "left", "Oslo", ".")])[0]
     assert found.tags[2:] == ("O", "O", "O")
     assert trained.folder.read("metrics")["test"]["recall"] <= 0.5
+    words = [
+        len(tokens) for tokens in load_task(trained.recipe.task, trained.recipe.training.seed).splits["train"].inputs
+    ]
+    lost = f"{sum(words) - 2 * len(words)} words of {len(words)} training sentences are behind task.max_length"
+    assert any(note.startswith(lost) for note in trained.folder.read("data")["notes"])
 
 
 def test_few_sentences_keep_the_share_that_has_entities(tmp_path: Path) -> None:

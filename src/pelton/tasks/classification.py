@@ -19,6 +19,7 @@ from pelton.tasks.texts import (
     Texts,
     check_texts,
     columns_of,
+    full_texts,
     pad_texts,
     resolve_columns,
     sequence_model,
@@ -139,6 +140,10 @@ class TextClassification(Task[ClassificationSettings]):
         """Tokenises texts."""
         encoded = tokenise(inputs, processor, self.settings)
         return datasets.Dataset.from_dict(encoded if targets is None else {**encoded, "labels": list(targets)})
+
+    def left_out(self, examples: Examples, features: Any) -> tuple[str, ...]:
+        """Counts the texts that were probably cut."""
+        return full_texts(features, self.settings)
 
     def collator(self, processor: Any) -> Collator:
         """Pads to the longest text of a batch."""

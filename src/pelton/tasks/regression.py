@@ -19,6 +19,7 @@ from pelton.tasks.texts import (
     Texts,
     check_texts,
     columns_of,
+    full_texts,
     pad_texts,
     resolve_columns,
     sequence_model,
@@ -121,6 +122,10 @@ class TextRegression(Task[RegressionSettings]):
         if targets is not None:
             encoded["labels"] = [(value - self.mean) / self.deviation for value in targets]
         return datasets.Dataset.from_dict(encoded)
+
+    def left_out(self, examples: Examples, features: Any) -> tuple[str, ...]:
+        """Counts the texts that were probably cut."""
+        return full_texts(features, self.settings)
 
     def collator(self, processor: Any) -> Collator:
         """Pads to the longest text of a batch."""

@@ -67,6 +67,13 @@ def tokenise(texts: Sequence[Texts], tokenizer: Any, settings: TextSettings) -> 
         tokenizer.truncation_side = side
 
 
+def full_texts(features: Any, settings: TextSettings) -> tuple[str, ...]:
+    """Counts, in a sentence, the training texts that are as long as they may be."""
+    full = sum(len(ids) >= settings.max_length for ids in features["input_ids"])
+    note = f"{full} of {len(features)} training texts fill task.max_length; what is longer was cut"
+    return (note,) if full else ()
+
+
 def sequence_model(head: Literal["pooler", "mean"]) -> Any:
     """Returns the class that loads a backbone with one vector a text: transformers' own, or mean pooling."""
     from transformers import AutoModelForSequenceClassification

@@ -162,6 +162,13 @@ class TokenClassification(Task[TokenSettings]):
             ]
         return datasets.Dataset.from_dict(columns)
 
+    def left_out(self, examples: Examples, features: Any) -> tuple[str, ...]:
+        """Counts the words that were cut off, and the sentences they are of."""
+        cut = [list(places).count(CUT) for places in features["starts"]]
+        sentences, words = sum(count > 0 for count in cut), sum(cut)
+        note = f"{words} words of {sentences} training sentences are behind task.max_length, or have no subword, and "
+        return (f"{note}are not learned from",) if words else ()
+
     def collator(self, processor: Any) -> Collator:
         """Pads subwords, and tags with what the loss ignores."""
         from transformers import DataCollatorForTokenClassification
