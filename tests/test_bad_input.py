@@ -218,7 +218,7 @@ ATTACHED: list[tuple[str, dict[str, Any], type[PeltonError], str]] = [
         "bert",
         {"gate": FixedGate({"lora": 0.5})},
         SpecError,
-        r"has no ratio for bottleneck, prefix; it has lora",
+        r"has no ratio for bottleneck; it has lora",
     ),
 ]
 FITS = [f"{name}-{message[:30]}" for name, _, _, message in ATTACHED]

@@ -13,8 +13,12 @@ from pelton.version import __version__
 
 if TYPE_CHECKING:
     from pelton.anatomy import find_anatomy
+    from pelton.compress.freeze import freeze_gates
+    from pelton.compress.importance import leave_one_out, taylor
+    from pelton.compress.prune import prune
+    from pelton.compress.steps import revive
     from pelton.errors import PeltonError
-    from pelton.gates import FixedGate, LinearGate, MLPGate, ScalarGate, register_gate
+    from pelton.gates import FixedGate, FrozenGate, LinearGate, MLPGate, ScalarGate, register_gate
     from pelton.gates.recording import GateLog, record_gates
     from pelton.methods import IA3, BitFit, Bottleneck, LoRA, Prefix, register_method
     from pelton.tuner import (
@@ -29,8 +33,12 @@ if TYPE_CHECKING:
 
 _HOME = {
     "pelton.anatomy": ("find_anatomy",),
+    "pelton.compress.freeze": ("freeze_gates",),
+    "pelton.compress.importance": ("leave_one_out", "taylor"),
+    "pelton.compress.prune": ("prune",),
+    "pelton.compress.steps": ("revive",),
     "pelton.errors": ("PeltonError",),
-    "pelton.gates": ("FixedGate", "LinearGate", "MLPGate", "ScalarGate", "register_gate"),
+    "pelton.gates": ("FixedGate", "FrozenGate", "LinearGate", "MLPGate", "ScalarGate", "register_gate"),
     "pelton.gates.recording": ("GateLog", "record_gates"),
     "pelton.methods": ("IA3", "BitFit", "Bottleneck", "LoRA", "Prefix", "register_method"),
     "pelton.tuner": (
@@ -49,6 +57,7 @@ __all__ = [
     "BitFit",
     "Bottleneck",
     "FixedGate",
+    "FrozenGate",
     "GateLog",
     "LinearGate",
     "LoRA",
@@ -59,15 +68,20 @@ __all__ = [
     "ScalarGate",
     "__version__",
     "find_anatomy",
+    "freeze_gates",
     "gate_penalty",
     "gate_summary",
     "gated_blocks",
+    "leave_one_out",
+    "prune",
     "record_gates",
     "register_gate",
     "register_method",
+    "revive",
     "set_methods",
     "set_stage",
     "set_temperature",
+    "taylor",
 ]
 
 

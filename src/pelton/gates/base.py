@@ -22,11 +22,12 @@ GRANULARITIES = ("auto", "example", "token")
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """What a gate is built for: the methods of one block, the block's width, and whether the block is causal."""
+    """What a gate is built for: the methods of one block, the block's width, whether it is causal, and its number."""
 
     methods: tuple[str, ...]
     hidden_size: int
     causal: bool
+    index: int = 0
 
 
 class Gate(nn.Module):

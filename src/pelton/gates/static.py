@@ -4,6 +4,8 @@
 θ = logit(0.01), never the raw parameter (sigmoid(0.01) is 0.5025).
 
 `FixedGate`: constants in buffers, without gradient, the same in every block; several named stages if need be.
+
+`FrozenGate`: constants too, but a value for each block: what `pelton.freeze_gates` makes of gates that were learned.
 """
 
 from __future__ import annotations
@@ -98,7 +100,66 @@ class FixedGate(GateSpec):
 
     def build(self, place: Place) -> FixedGateModule:
         """Makes the gate of one block."""
-        return FixedGateModule(self, place)
+        rows = {stage: _row(ratio, place.methods) for stage, ratio in self.table.items()}
+        return FixedGateModule(place.methods, rows, self.stage)
+
+
+Values = Mapping[str, Mapping[str, float]]
+"""Gate values by block number (as text, since JSON has no other keys) and kind of method."""
+
+
+@GATES.register
+@dataclasses.dataclass(frozen=True)
+class FrozenGate(GateSpec):
+    """Constants that data chose, for each block its own.
+
+    Attributes:
+        values: `{"0": {"lora": 0.4, "bottleneck": 0.6}, "1": …}`, by block number and kind.
+        stages: named values instead, such as one set for each task; `set_stage` switches.
+        stage: the stage to start in; the first when not given.
+    """
+
+    kind: ClassVar[str] = "frozen"
+    static: ClassVar[bool] = True
+
+    values: Values = dataclasses.field(default_factory=dict)
+    stages: Mapping[str, Values] | None = None
+    stage: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks that every value lies in [0, 1] and that the stage exists."""
+        require(len(self.table) > 0, "stages has at least one entry", stages=self.stages)
+        for values in self.table.values():
+            for block, row in values.items():
+                require(isinstance(row, Mapping), "values of a block are by kind", block=block, values=row)
+                for kind, value in row.items():
+                    known = isinstance(value, int | float) and 0 <= value <= 1
+                    require(known, "0 <= value <= 1", block=block, kind=kind, value=value)
+        if self.stage is not None and self.stage not in self.table:
+            raise unknown("stage", self.stage, self.table)
+
+    @property
+    def table(self) -> dict[str, Values]:
+        """Values by stage; one nameless stage when there are no stages."""
+        return {"": self.values} if self.stages is None else dict(self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns plain JSON values."""
+        plain = {stage: {block: dict(row) for block, row in values.items()} for stage, values in self.table.items()}
+        return super().to_dict() | ({"values": plain[""]} if self.stages is None else {"values": {}, "stages": plain})
+
+    def build(self, place: Place) -> FixedGateModule:
+        """Makes the gate of one block.
+
+        Raises:
+            SpecError: the block, or one of its methods, has no value.
+        """
+        rows = {}
+        for stage, values in self.table.items():
+            if str(place.index) not in values:
+                raise SpecError(f"FrozenGate has no values for block {place.index}; it has {', '.join(values)}.")
+            rows[stage] = _row(values[str(place.index)], place.methods)
+        return FixedGateModule(place.methods, rows, self.stage)
 
 
 class FixedGateModule(StaticGate):
@@ -107,13 +168,13 @@ class FixedGateModule(StaticGate):
     value: Tensor
     ratios: Tensor
 
-    def __init__(self, spec: FixedGate, place: Place) -> None:
-        """Makes the buffers and enters the first stage, or the one that the spec names."""
-        super().__init__(place.methods, "static")
-        self.stages = tuple(spec.table)
-        self.register_buffer("ratios", torch.tensor([_row(r, place.methods) for r in spec.table.values()]))
-        self.register_buffer("value", torch.empty(len(place.methods)))
-        self.enter(spec.stage if spec.stage is not None else self.stages[0])
+    def __init__(self, methods: Sequence[str], rows: Mapping[str, Sequence[float]], stage: str | None) -> None:
+        """Makes the buffers of rows [M] by stage, and enters one stage, or the first."""
+        super().__init__(methods, "static")
+        self.stages = tuple(rows)
+        self.register_buffer("ratios", torch.tensor(list(rows.values())))
+        self.register_buffer("value", torch.empty(len(methods)))
+        self.enter(stage if stage is not None else self.stages[0])
 
     def enter(self, stage: str) -> None:
         """Switches to the ratios of another stage, in place."""
@@ -131,7 +192,5 @@ def _row(ratio: Ratio, methods: Sequence[str]) -> list[float]:
         return [float(ratio)] * len(methods)
     missing = [m for m in methods if m not in ratio]
     if missing:
-        raise SpecError(
-            f"FixedGate has no ratio for {', '.join(missing)}; it has {', '.join(ratio)}. Add one for each."
-        )
+        raise SpecError(f"The gate has no ratio for {', '.join(missing)}; it has {', '.join(ratio)}. Add one for each.")
     return [float(ratio[m]) for m in methods]

@@ -6,12 +6,12 @@ Letters: B batch, T tokens, D hidden, I / O the in and out features of a linear 
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
-from pelton.errors import unknown
+from pelton.errors import SpecError, unknown
 from pelton.registry import Registry, Spec, require
 
 LINEAR_SITES = ("attn.q", "attn.k", "attn.v", "attn.out", "ffn.in", "ffn.out")
@@ -96,6 +96,19 @@ class MethodSpec(Spec):
     def layers(self) -> tuple[int, ...] | None:
         """The indices of the blocks the method goes to; None means all."""
         raise NotImplementedError
+
+    size: ClassVar[str | None] = None
+    """The field that says how many units a part has (a rank, a width, a length), where a part may have fewer."""
+
+    def resized(self, size: int) -> Self:
+        """Returns the spec of a part with fewer units; what multiplies their sum stays.
+
+        Raises:
+            SpecError: the method's parts have no units.
+        """
+        if self.size is None:
+            raise SpecError(f"Parts of {self.kind!r} have no size. Leave them out of `sizes`.")
+        return dataclasses.replace(self, **{self.size: size})
 
     def build(self, shape: Shape) -> nn.Module:
         """Makes the trainable part for one place: a `Part`, or at `attn` a `PrefixPart`."""

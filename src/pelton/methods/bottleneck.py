@@ -51,6 +51,7 @@ class Bottleneck(MethodSpec):
     kind: ClassVar[str] = "bottleneck"
     allowed: ClassVar[tuple[str, ...]] = ("attn.out", "ffn.out")
     up: ClassVar[str | None] = "up"
+    size: ClassVar[str | None] = "bottleneck_size"
 
     bottleneck_size: int = 48
     activation: str = "relu"

@@ -37,6 +37,7 @@ class LoRA(MethodSpec):
     allowed: ClassVar[tuple[str, ...]] = LINEAR_SITES
     foldable: ClassVar[bool] = True
     up: ClassVar[str | None] = "B"
+    size: ClassVar[str | None] = "rank"
 
     rank: int = 8
     alpha: float = 16
@@ -50,6 +51,10 @@ class LoRA(MethodSpec):
         require_size(rank=self.rank)
         require(self.alpha > 0, "alpha > 0", alpha=self.alpha)
         require(0 <= self.dropout < 1, "0 <= dropout < 1", dropout=self.dropout)
+
+    def resized(self, size: int) -> LoRA:
+        """Returns the spec with another rank; alpha / rank stays."""
+        return dataclasses.replace(self, rank=size, alpha=self.alpha * size / self.rank)
 
     def build(self, shape: Shape) -> LoRAPart:
         """Makes A and B for one linear layer."""

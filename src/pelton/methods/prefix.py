@@ -44,6 +44,7 @@ class Prefix(MethodSpec):
 
     kind: ClassVar[str] = "prefix"
     allowed: ClassVar[tuple[str, ...]] = ("attn",)
+    size: ClassVar[str | None] = "prefix_length"
 
     prefix_length: int = 10
     parametrisation: Literal["kv", "mlp", "token"] = "kv"

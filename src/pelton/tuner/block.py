@@ -49,6 +49,7 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
+        self._disable_adapters: bool = False
         self._batch = 0
         self._values: dict[str, Tensor] = {}
         self._inputs: dict[str, Tensor] = {}
@@ -149,7 +150,8 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
             batch: any tensor with the attention's batch as its first dimension.
         """
         found, parts = [], cast(nn.ModuleDict, self.methods[name])
-        for number, spec in enumerate(self.wirings[name].methods):
+        wiring = self.wirings[name]
+        for number, spec in zip(wiring.numbers, wiring.methods, strict=True):
             for part in cast(nn.ModuleDict, parts[spec.kind]).values():
                 if isinstance(part, PrefixPart) and spec.kind not in self.off:
                     found.append((part, self._fit(self._values[name][..., number : number + 1], batch)))

@@ -15,6 +15,7 @@ from pelton.errors import AdapterError, SpecError, unknown
 from pelton.gates import GATES, FixedGate, GateSpec, LinearGate, MLPGate
 from pelton.methods import METHODS, Bottleneck, LoRA, MethodSpec, Prefix
 from pelton.tuner.register import PELTON
+from pelton.tuner.store import Step, load_steps, save_steps
 
 MethodLike = MethodSpec | str | Mapping[str, Any]
 GateLike = GateSpec | str | Mapping[str, Any]
@@ -53,18 +54,23 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
         gate: a spec, a kind or a mapping.
         modules_to_save: names of other modules to train and save whole, such as a head.
         backbone: the model type and the widths of the blocks the adapter was made for; filled in when it is attached.
+        pruned: by block number, the kinds of methods that are gone from it; filled in by `pelton.prune`.
+        sizes: by block number, kind and place ("0.lora.attn_v"), how many units a shrunk part has left; likewise.
     """
 
     methods: Sequence[MethodLike] | None = None
     gate: GateLike = dataclasses.field(default_factory=MLPGate)
     modules_to_save: list[str] | None = None
     backbone: dict[str, Any] | None = None
+    pruned: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    sizes: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Turns names and mappings into specs and checks the list."""
         super().__post_init__()
         self.peft_type = PELTON
         self.saved: frozenset[str] | None = None  # of a config that was read: the tensors beside it, if it was a folder
+        self.steps: tuple[Step, ...] = ()  # what made the adapter smaller, and the way back
         self.gate = GATES.parse(self.gate)
         if isinstance(self.gate, FixedGate):
             for ratio in self.gate.table.values():
@@ -72,6 +78,8 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
                     METHODS[kind]  # an unknown kind is an error that names the nearest
         if self.modules_to_save is not None:
             self.modules_to_save = list(self.modules_to_save)
+        for kind in [kind for kinds in self.pruned.values() for kind in kinds]:
+            METHODS[kind]
         if self.methods is None:
             return
         if isinstance(self.methods, str | Mapping | MethodSpec):
@@ -91,6 +99,10 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
     def specs(self) -> tuple[MethodSpec, ...]:
         """The methods as specs; the default ones where none were named."""
         return default_methods() if self.methods is None else cast(tuple[MethodSpec, ...], self.methods)
+
+    def pruned_from(self, index: int) -> frozenset[str]:
+        """Returns the kinds of methods that are gone from a block."""
+        return frozenset(self.pruned.get(str(index), ()))
 
     @property
     def gate_spec(self) -> GateSpec:
@@ -128,7 +140,13 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
         saved: frozenset[str] = _check_folder(folder, names) if folder.is_dir() else frozenset()
         config = cast(Self, super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs))
         config.saved = saved
+        config.steps = load_steps(folder)
         return config
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Writes the config, and beside it what passes took from the adapter."""
+        super().save_pretrained(save_directory, **kwargs)
+        save_steps(self.steps, Path(save_directory))
 
 
 def _published_prefix() -> Prefix:

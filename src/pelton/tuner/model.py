@@ -145,7 +145,7 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
         was_active = adapter_name in self.active_adapters
         left = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
-        for path, block in list(self._named_blocks()):
+        for path, block in list(self.named_blocks()):
             parent = self.model.get_submodule(path)
             block.taps.disconnect()
             if not block.wirings:
@@ -180,7 +180,7 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
         for name in names:
             if name not in self.peft_config:
                 raise AdapterError(f"There is no adapter {name!r} to merge. There are: {', '.join(self.peft_config)}.")
-        for path, block in self._named_blocks():
+        for path, block in self.named_blocks():
             check_foldable(block, self.model.get_submodule(path), names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -203,12 +203,12 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
             names = list(adapter_names or self.active_adapters)
             folded = [
                 entry
-                for path, block in self._named_blocks()
+                for path, block in self.named_blocks()
                 for entry in fold_block(block, self.model.get_submodule(path), names, check=safe_merge)
             ]
             for parameter, value in folded:
                 parameter.data.copy_(value)
-        for path, block in list(self._named_blocks()):
+        for path, block in list(self.named_blocks()):
             block.taps.disconnect()
             delattr(self.model.get_submodule(path), CHILD)
         for hook in self.penalty_hooks:
@@ -229,7 +229,8 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
                 plain = module.unload_and_optionally_merge_module(merge=merge, safe_merge=False, adapter_names=None)
             setattr(self.model.get_submodule(parent), child, plain)
 
-    def _named_blocks(self) -> Iterator[tuple[str, GatedBlock]]:
+    def named_blocks(self) -> Iterator[tuple[str, GatedBlock]]:
+        """Yields the gated blocks with the names of the transformer blocks that they stand in."""
         for name, module in self.model.named_modules():
             if isinstance(module, GatedBlock):
                 yield name.removesuffix(f".{CHILD}"), module

@@ -44,12 +44,14 @@ class Wiring:
     """Where the parts of one adapter go in one block.
 
     Attributes:
-        methods: the specs that have a site here, in the order of the gate values.
+        methods: the specs of the parts that are here.
+        numbers: their numbers among the gate values; a gate may have values for methods that were pruned.
         edits: for a layer's path and its input or output, the parts that edit it, in order.
         origins: for a layer's path, the site under whose name its input is kept for parts that read it elsewhere.
     """
 
     methods: tuple[MethodSpec, ...]
+    numbers: tuple[int, ...]
     edits: dict[tuple[str, Edits], tuple[Edit, ...]]
     origins: dict[str, str]
 
@@ -80,11 +82,12 @@ def make_plan(config: PeltonConfig, anatomy: Anatomy) -> list[BlockPlan]:
         SpecError: a gate's law is broken, such as a pooled gate in a causal block.
     """
     _check_backbone(config, anatomy)
+    _check_cuts(config, anatomy)
     plans = []
     for block in anatomy.blocks:
         here = (s for s in config.specs if s.layers is None or block.index in s.layers)
         methods = tuple(s for s in here if any(site in block.sites for site in s.sites))
-        if methods:
+        if any(m.kind not in config.pruned_from(block.index) for m in methods):
             plans.append(_plan_block(config, block, methods))
     return plans
 
@@ -101,6 +104,14 @@ def _check_backbone(config: PeltonConfig, anatomy: Anatomy) -> None:
             f"The adapter was made for {_describe(config.backbone)}, but the backbone is {_describe(found)}. "
             "Load it onto the backbone it was trained with."
         )
+
+
+def _check_cuts(config: PeltonConfig, anatomy: Anatomy) -> None:
+    """Refuses pruned blocks and shrunk parts that the backbone does not have."""
+    known = {str(block.index) for block in anatomy.blocks}
+    for key in (*config.pruned, *(key.split(".")[0] for key in config.sizes)):
+        if key not in known:
+            raise AdapterError(f"The adapter's config prunes block {key!r}, but the backbone has {len(known)} blocks.")
 
 
 def _describe(backbone: dict[str, Any]) -> str:
@@ -135,7 +146,9 @@ def fitting_methods(config: PeltonConfig, anatomy: Anatomy) -> tuple[MethodSpec,
 
 
 def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, ...]) -> BlockPlan:
-    gate = config.gate_spec.build(Place(tuple(m.kind for m in methods), block.hidden_size, block.causal))
+    left = tuple(m for m in methods if m.kind not in config.pruned_from(block.index))
+    gated = left if config.gate_spec.static else methods  # a softmax over fewer methods would be another gate
+    gate = config.gate_spec.build(Place(tuple(m.kind for m in gated), block.hidden_size, block.causal, block.index))
     if block.windowed and gate.granularity == "token":
         raise SpecError(
             f"`granularity != 'token'` must hold where attention runs in windows, but got granularity='token' for "
@@ -144,13 +157,15 @@ def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, .
     parts: dict[str, dict[str, nn.Module]] = {}
     edits: dict[tuple[str, Edits], list[Edit]] = defaultdict(list)
     origins: dict[str, str] = {}
-    for number, spec in enumerate(methods):
+    numbers = tuple(gated.index(spec) for spec in left)
+    for number, spec in zip(numbers, left, strict=True):
         parts[spec.kind] = {}
         for site in spec.sites:
             places = block.sites.get(site, ())
             for i, (place, shape) in enumerate(zip(places, block.shapes(site) if places else (), strict=True)):
                 key = site.replace(".", "_") + (f"_{i}" if len(places) > 1 else "")
-                part = parts[spec.kind][key] = spec.build(shape)
+                size = config.sizes.get(f"{block.index}.{spec.kind}.{key}")
+                part = parts[spec.kind][key] = (spec if size is None else spec.resized(size)).build(shape)
                 if isinstance(part, PrefixPart):
                     _check_prefix(part, gate)
                 elif isinstance(part, Part):
@@ -161,7 +176,7 @@ def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, .
                 else:
                     raise SpecError(f"{spec.kind!r} built a {type(part).__name__}; expected a Part or a PrefixPart.")
     ordered = {where: tuple(sorted(some, key=lambda e: e.order)) for where, some in edits.items()}
-    return BlockPlan(block, gate, parts, Wiring(methods, ordered, origins))
+    return BlockPlan(block, gate, parts, Wiring(left, numbers, ordered, origins))
 
 
 def _origin(block: Block, site: str) -> str:

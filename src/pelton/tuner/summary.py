@@ -56,9 +56,11 @@ def _row(block: GatedBlock, adapter: str, frame: pd.DataFrame | None) -> dict[st
         mine = frame[frame.block.str.endswith(block.block.name) & (frame.adapter == adapter)]
         values = {str(k): float(v) for k, v in mine.groupby("method").value.mean().items()}
     parameters = list(gate.parameters())
+    here = {spec.kind for spec in block.wirings[adapter].methods}  # a gate may have values of methods that are gone
+    found = {method: float(values[method]) for method in gate.methods if method in here}
     return {
-        **{method: float(values[method]) for method in gate.methods},
-        "sum": float(sum(values.values())),
+        **found,
+        "sum": float(sum(found.values())),
         "requires_grad": any(p.requires_grad for p in parameters),
         "is_buffer": not parameters,
     }

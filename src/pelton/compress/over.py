@@ -1,0 +1,36 @@
+"""A model over data, to see what its gates and methods do there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Batches = Iterable[Mapping[str, Any]]
+BlockValues = dict[str, dict[str, float]]
+"""A number by block number (as text) and kind of method."""
+
+
+def run_over(model: nn.Module, batches: Batches) -> None:
+    """Runs a model over batches in evaluation mode, without gradients and without a cache of keys."""
+    device = next(model.parameters()).device
+    cached = getattr(getattr(model, "config", None), "use_cache", None)
+    with evaluating(model), torch.no_grad():
+        for batch in batches:
+            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            model(**inputs, **({"use_cache": False} if cached and "use_cache" not in inputs else {}))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts every module in evaluation mode for a while, and back as it was."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
