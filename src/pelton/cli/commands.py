@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pelton.cli import compress
 from pelton.cli.bench import bench
 from pelton.cli.data import data as data_commands
 from pelton.version import __version__
@@ -135,6 +136,9 @@ def gates(
         print(plot)
 
 
+app.command()(compress.freeze)
+app.command()(compress.prune)
+app.command()(compress.revive)
 app.command()(bench)
 app.add_typer(data_commands, name="data")
 

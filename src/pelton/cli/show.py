@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pelton.anatomy import Anatomy, Block
+    from pelton.compress.runs import Change
     from pelton.training.folder import RunFolder
 
 # viridis from 0 to 1, as in the picture.
@@ -68,6 +69,18 @@ def gates(table: pd.DataFrame, *, brief: bool = False) -> None:
         extra = () if brief else (str(row["requires_grad"]), str(row["is_buffer"]))
         grid.add_row(label, *cells, f"{row['sum']:.2f}", *extra)
     Console().print(grid)
+
+
+def change(found: Change) -> None:
+    """Prints what a pass did to a run: its metrics before and after, its parameters, what went."""
+    console = Console()
+    for when, values in (("before", found.before), ("after", found.after)):
+        console.print(f"{when:<11}{_scores(values)}  ({found.split})", highlight=False, soft_wrap=True)
+    before, after = found.parameters
+    console.print(f"{'adapter':<11}{before:,} → {after:,} parameters", highlight=False)
+    for entry in found.gone:
+        what = f"{entry.parameters:,} parameters, importance {entry.importance:.3g}"
+        console.print(f"{'gone':<11}{entry.kind} in block {entry.block} ({what})", highlight=False, soft_wrap=True)
 
 
 def predictions(found: Iterable[Any], output: Path | None) -> None:

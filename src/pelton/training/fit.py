@@ -215,12 +215,12 @@ def _finish(run: Run, data: Loaded) -> Run:
             metrics[split] = run.evaluate(data.splits[split])
     run.folder.write("metrics", metrics)
     if isinstance(run.model, PeftModel) and is_main_process():
-        _record_gates(run, data.some())
+        record_run_gates(run, data.some())
     run.folder.set_phase("finished")
     return run
 
 
-def _record_gates(run: Run, examples: Examples) -> None:
+def record_run_gates(run: Run, examples: Examples) -> None:
     """Writes gate values on the first examples, and their means by block."""
     features = run.task.judged(examples.take(range(min(len(examples), GATE_EXAMPLES))), run.processor)
     with record_gates(run.model) as log:

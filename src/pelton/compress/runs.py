@@ -1,0 +1,185 @@
+"""Passes over a run: its adapter becomes smaller in place, what that costs is measured, and it can be taken back.
+
+Constants and importances come from training examples; the score before and after is that of the validation split (the
+test split where there is none). The adapter's folder is exchanged whole: what was there stays until the new one is
+written.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import SafetensorError
+
+from pelton.compress.freeze import Statistic, freeze_gates
+from pelton.compress.importance import leave_one_out, taylor
+from pelton.compress.over import BlockValues
+from pelton.compress.prune import Entry, prune
+from pelton.compress.steps import adapter_of, revive
+from pelton.errors import AdapterError, TrainingError
+from pelton.tasks.base import Examples
+from pelton.tasks.load import Loaded, load_task
+from pelton.training.backbone import quiet
+from pelton.training.fit import record_run_gates
+from pelton.training.run import Run
+
+By = Literal["gate", "taylor", "leave-one-out"]
+EXAMPLES = 512
+"""Training examples that constants and importances come from."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a pass did to a run.
+
+    Attributes:
+        name: The pass.
+        split: What the scores were measured on.
+        before: The metrics before it.
+        after: The metrics behind it.
+        parameters: Of the adapter, before and after.
+        gone: The methods that went, the least important first.
+    """
+
+    name: str
+    split: str
+    before: dict[str, float]
+    after: dict[str, float]
+    parameters: tuple[int, int]
+    gone: tuple[Entry, ...] = ()
+
+
+def freeze_run(path: Path, statistic: Statistic = "mean") -> Change:
+    """Makes a run's gates constant.
+
+    Raises:
+        TrainingError: the folder is no finished run.
+        AdapterError: the run has no adapter.
+    """
+
+    def act(run: Run, data: Loaded) -> list[Entry]:
+        freeze_gates(run.model, list(_batches(run, data, labelled=False)), statistic=statistic)
+        return []
+
+    return _change(path, "freeze", act)
+
+
+def prune_run(
+    path: Path,
+    *,
+    by: By = "taylor",
+    threshold: float | None = None,
+    keep: int | None = None,
+    budget_params: int | None = None,
+) -> Change:
+    """Takes the least important methods out of a run's adapter; see `prune`.
+
+    Args:
+        path: The run's folder.
+        by: How methods are weighed: how open their gates are, by gradients, or by the score without each of them.
+        threshold: As in `prune`.
+        keep: As in `prune`.
+        budget_params: As in `prune`.
+    """
+
+    def act(run: Run, data: Loaded) -> list[Entry]:
+        return prune(
+            run.model,
+            threshold=threshold,
+            keep=keep,
+            budget_params=budget_params,
+            importance=_importance(run, data, by),
+        )
+
+    return _change(path, "prune", act)
+
+
+def revive_run(path: Path, *, last: bool = False) -> Change:
+    """Brings back what passes took from a run's adapter."""
+
+    def act(run: Run, data: Loaded) -> list[Entry]:
+        revive(run.model, last=last)
+        return []
+
+    return _change(path, "revive", act)
+
+
+def _importance(run: Run, data: Loaded, by: By) -> BlockValues | None:
+    if by == "taylor":
+        return taylor(run.model, _batches(run, data, labelled=True))
+    if by == "leave-one-out":
+        _, examples = _judged(data)
+        features = run.task.judged(examples, run.processor)
+        return leave_one_out(run.model, lambda: run.evaluate(examples, features)["score"])
+    return None
+
+
+def _change(path: Path, name: str, act: Callable[[Run, Loaded], list[Entry]]) -> Change:
+    run = Run.load(path)
+    tuner, adapter = adapter_of(run.model, None)
+    data = load_task(run.recipe.task, run.recipe.training.seed)
+    split, examples = _judged(data)
+    features = run.task.judged(examples, run.processor)
+    before, size = run.evaluate(examples, features), _size(tuner, adapter)
+    gone = act(run, data)
+    change = Change(name, split, before, run.evaluate(examples, features), (size, _size(tuner, adapter)), tuple(gone))
+    _exchange(run)
+    record_run_gates(run, data.some())
+    folder = run.folder
+    noted = folder.read("changes") if (folder.path / "changes.json").is_file() else []
+    folder.write("changes", [*noted, asdict(change)])
+    return change
+
+
+def _size(tuner: Any, adapter: str) -> int:
+    return sum(
+        p.numel()
+        for block in tuner.blocks()
+        if adapter in block.wirings
+        for part in (block.gates[adapter], block.methods[adapter])
+        for p in part.parameters()
+    )
+
+
+def _judged(data: Loaded) -> tuple[str, Examples]:
+    for split in ("validation", "test"):
+        if split in data.splits:
+            return split, data.splits[split]
+    raise TrainingError("The run has neither validation nor test rows to measure the change on. Name one in its task.")
+
+
+def _batches(run: Run, data: Loaded, *, labelled: bool) -> Iterator[Mapping[str, Any]]:
+    """Yields batches of training examples."""
+    examples = data.splits["train"] if data.stream is None else next(data.stream.examples())
+    some = examples.take(range(min(len(examples), EXAMPLES)))
+    features = run.task.encode(some.inputs, run.processor, some.targets if labelled else None)
+    collate, size = run.task.collator(run.processor), run.recipe.training.eval_batch_size
+    for start in range(0, len(features), size):
+        yield collate([features[row] for row in range(start, min(start + size, len(features)))])
+
+
+def _exchange(run: Run) -> None:
+    """Writes the adapter beside its folder, and puts it in its place when it is whole."""
+    place = run.folder.adapter
+    draft = Path(tempfile.mkdtemp(prefix=".adapter-", dir=run.folder.path))
+    old = place.with_name(".adapter-old")
+    try:
+        with quiet():
+            run.model.save_pretrained(draft)
+        shutil.rmtree(old, ignore_errors=True)
+        place.rename(old)
+        try:
+            draft.rename(place)
+        except OSError:
+            old.rename(place)
+            raise
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{place} could not be written and is as it was ({error}). Make room, try again.") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,139 @@
+"""Passes over runs and from the command line; importances."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fits import Make
+from law import attached
+from pelton import MLPGate, PeltonConfig, ScalarGate, leave_one_out, prune, taylor
+from pelton.cli.main import run as command
+from pelton.errors import AdapterError
+from pelton.training.fit import fit
+from pelton.training.run import Run
+from pelton.tuner import gated_blocks
+from zoo import ARCHS
+
+
+@pytest.fixture
+def trained(make: Make) -> Run:
+    return fit(make())
+
+
+def bits(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / "adapter").iterdir() if path.suffix == ".safetensors"}
+
+
+def test_from_the_command_line(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, before = trained.folder.path, bits(trained.folder.path)
+    said = trained.outputs(trained.examples().inputs)
+    assert command(["prune", str(folder), "--keep", "2"]) == 0
+    out = capsys.readouterr().out
+    assert "before" in out
+    assert "after" in out
+    assert out.count("gone") == len(json.loads((folder / "changes.json").read_text())[0]["gone"]) > 0
+    assert command(["freeze", str(folder), "--statistic", "fit"]) == 0
+    assert "parameters" in capsys.readouterr().out
+    small = Run.load(folder)
+    assert small.model.peft_config["default"].gate_spec.kind == "frozen"
+    assert sum(len(b.wirings["default"].methods) for b in gated_blocks(small.model)) == 2
+    assert command(["gates", str(folder)]) == 0
+    capsys.readouterr()
+    assert {path.name for path in (folder / "adapter").glob("removed.*")} == {"removed.json", "removed.safetensors"}
+    assert command(["revive", str(folder)]) == 0
+    assert bits(folder) == before
+    assert not list(folder.glob(".adapter*"))
+    again = Run.load(folder)
+    for one, other in zip(said, again.outputs(again.examples().inputs), strict=True):
+        assert (one == other).all()
+    assert command(["revive", str(folder)]) == 2
+    assert "has nothing to bring back" in capsys.readouterr().err
+    assert [change["name"] for change in json.loads((folder / "changes.json").read_text())] == [
+        "prune",
+        "freeze",
+        "revive",
+    ]
+
+
+def test_the_scores_are_those_of_the_run(trained: Run) -> None:
+    from pelton.compress.runs import freeze_run, prune_run
+
+    metrics = trained.folder.read("metrics")["validation"]
+    change = freeze_run(trained.folder.path)
+    assert change.before == pytest.approx({k: metrics[k] for k in change.before})
+    assert change.split == "validation"
+    pruned = prune_run(trained.folder.path, by="leave-one-out", keep=3)
+    assert pruned.before == change.after
+    again = Run.load(trained.folder.path)
+    assert pruned.parameters[1] == sum(p.numel() for n, p in again.model.named_parameters() if ".pelton." in n)
+    weights = [entry.importance for entry in pruned.gone]
+    assert weights == sorted(weights)
+
+
+def test_a_full_disk_leaves_the_run_as_it_was(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pelton.compress.runs import freeze_run
+
+    before = {path: path.read_bytes() for path in trained.folder.path.rglob("*") if path.is_file()}
+
+    def full(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pelton.tuner.config.PeltonConfig.save_pretrained", full)
+    with pytest.raises(AdapterError, match=r"could not be written and is as it was .*No space left"):
+        freeze_run(trained.folder.path)
+    assert {path: path.read_bytes() for path in trained.folder.path.rglob("*") if path.is_file()} == before
+
+
+def test_taylor_is_the_change_of_the_loss_to_first_order() -> None:
+    """Against the loss with each gate a little further closed; one row, so that no signs cancel."""
+    arch = ARCHS["bert"]
+    model = attached(arch, ScalarGate(0.5))
+    inputs = {k: v[:1] for k, v in arch.inputs().items()} | {"labels": torch.tensor([1])}
+    model.zero_grad()
+    found = taylor(model, [inputs])
+    assert all(p.grad is None for p in model.parameters())
+    with torch.no_grad():
+        whole = model(**inputs).loss
+        for block in gated_blocks(model):
+            gate: Any = block.gates["default"]
+            for number, kind in enumerate(gate.methods):
+                theta = gate.theta[number].clone()
+                gate.theta[number] = torch.logit(torch.sigmoid(theta) * 0.99)
+                change = (whole - model(**inputs).loss) / 0.01
+                gate.theta[number] = theta
+                assert found[str(block.block.index)][kind] == pytest.approx(abs(float(change)), rel=0.1, abs=2e-3)
+
+
+def test_leaving_one_out_is_what_pruning_it_costs() -> None:
+    arch = ARCHS["bert"]
+    model = attached(arch, MLPGate(hidden_size=8, activation="sigmoid", init_std=0.5))
+    inputs = arch.inputs() | {"labels": torch.tensor([0, 1, 1][: len(arch.inputs()["input_ids"])])}
+
+    def score() -> float:
+        with torch.no_grad():
+            return -float(model(**inputs).loss)
+
+    whole, found = score(), leave_one_out(model, score)
+    kind = found["1"]
+    least = min(kind, key=lambda name: kind[name])
+    weights = {index: dict.fromkeys(row, 1.0) for index, row in found.items()}
+    weights["1"][least] = 0.0
+    assert [(entry.block, entry.kind) for entry in prune(model, importance=weights)] == [(1, least)]
+    assert whole - score() == pytest.approx(kind[least], abs=1e-6)
+
+
+def test_importance_needs_a_loss_and_an_adapter_at_work() -> None:
+    arch = ARCHS["bert"]
+    model = attached(arch)
+    with pytest.raises(AdapterError, match="taylor needs batches with labels"):
+        taylor(model, [arch.inputs()])
+    with pytest.raises(AdapterError, match="needs at least one batch"):
+        taylor(model, [])
+    model.add_adapter("second", PeltonConfig(methods=["lora"]))
+    with pytest.raises(AdapterError, match="'second' is not active"):
+        leave_one_out(model, lambda: 1.0, adapter="second")
