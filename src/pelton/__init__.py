@@ -13,6 +13,7 @@ from pelton.version import __version__
 
 if TYPE_CHECKING:
     from pelton.anatomy import find_anatomy
+    from pelton.compress.fold import fold, unfold
     from pelton.compress.freeze import freeze_gates
     from pelton.compress.importance import leave_one_out, taylor
     from pelton.compress.prune import prune
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "pelton.anatomy": ("find_anatomy",),
+    "pelton.compress.fold": ("fold", "unfold"),
     "pelton.compress.freeze": ("freeze_gates",),
     "pelton.compress.importance": ("leave_one_out", "taylor"),
     "pelton.compress.prune": ("prune",),
@@ -68,6 +70,7 @@ __all__ = [
     "ScalarGate",
     "__version__",
     "find_anatomy",
+    "fold",
     "freeze_gates",
     "gate_penalty",
     "gate_summary",
@@ -82,6 +85,7 @@ __all__ = [
     "set_stage",
     "set_temperature",
     "taylor",
+    "unfold",
 ]
 
 

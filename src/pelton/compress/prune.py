@@ -107,7 +107,7 @@ def _take(tuner: PeltonModel, name: str, gone: list[Entry]) -> None:
         lost = tuple(f"{path}.methods.{kind}." for kind in kinds)
         tensors = {key: value for key, value in tensors.items() if not lost or not key.startswith(lost)}
         last = len(kinds) == len(gated.wirings[name].methods)
-        tensors = _without_values(tensors, path, gate_of(gated, name), kinds, last)
+        tensors = static_values(tensors, path, gate_of(gated, name), kinds, last)
     take_step(tuner, name, "prune", changed, tensors)
 
 
@@ -159,7 +159,7 @@ def _left(config: PeltonConfig, gone: list[Entry]) -> dict[str, int]:
     return {key: size for key, size in config.sizes.items() if not key.startswith(lost)}
 
 
-def _without_values(tensors: dict[str, Tensor], path: str, gate: Gate, gone: set[str], last: bool) -> dict[str, Tensor]:
+def static_values(tensors: dict[str, Tensor], path: str, gate: Gate, gone: set[str], last: bool) -> dict[str, Tensor]:
     """Takes the values of pruned methods out of a constant gate; out of a block without methods, the whole gate."""
     inside = f"{path}.gates."
     if last:

@@ -6,7 +6,6 @@ are saved beside the adapter (`tuner/store.py`) and undone from the last to the 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -17,7 +16,7 @@ from pelton.tuner.config import PeltonConfig
 from pelton.tuner.controls import tuners
 from pelton.tuner.model import PeltonModel
 from pelton.tuner.recast import adapter_tensors, recast, with_changes
-from pelton.tuner.store import Step
+from pelton.tuner.store import Step, digest
 
 SHAPE = ("methods", "gate", "pruned", "sizes")
 """The fields of a config that a pass may change."""
@@ -100,13 +99,3 @@ def revive(model: nn.Module, *, adapter: str | None = None, last: bool = False) 
     config.steps = tuple(steps)
     recast(tuner, name, config, tensors)
     return undone
-
-
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """Returns a hash of tensors by name: their shapes and their float32 values."""
-    found = hashlib.sha256()
-    for key in sorted(tensors):
-        value = tensors[key].detach().float().cpu().contiguous()
-        found.update(f"{key} {tuple(value.shape)} ".encode())
-        found.update(value.numpy().tobytes())
-    return found.hexdigest()

@@ -136,7 +136,7 @@ def _with_prefixes(
     rows = max(mask.shape[0], *(gate.shape[0] for _, gate in prefixes))
     keys, values, biases, length = [], [], [], 0
     for part, gate in prefixes:
-        pk, pv = (t.to(key.dtype) for t in part(_Projection(module, tap.gated)))
+        pk, pv = (t.to(key.dtype) for t in part(Projection(module, tap.gated)))
         bias = torch.zeros_like(gate) if part.gating == "scale" else _log(gate)
         if part.gating == "scale":
             pk, pv = pk * gate[:, None].to(key.dtype), pv * gate[:, None].to(key.dtype)
@@ -206,10 +206,11 @@ def _same_example(length: int, kwargs: dict[str, Any]) -> Tensor | bool:
     return True if example is None else example[:, None, :, None] == example[:, None, None, :]
 
 
-class _Projection:
+class Projection:
     """The key and value projections of one block, for prefixes that are hidden states."""
 
     def __init__(self, module: nn.Module, gated: GatedBlock) -> None:
+        """Keeps the attention module, and the gated block that knows its layers."""
         self.module, self.gated = module, gated
 
     def __call__(self, hidden: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,6 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from pelton.errors import AdapterError
+from pelton.tuner.store import digest
 
 if TYPE_CHECKING:
     from pelton.tuner.config import PeltonConfig
@@ -69,6 +70,25 @@ def check_heads(model: nn.Module, config: PeltonConfig) -> None:
                 raise AdapterError(
                     f"The adapter trains {name!r}, but its file lacks {name}.{key}. Save it again with save_pretrained."
                 )
+
+
+def check_folded(model: nn.Module, config: PeltonConfig) -> None:
+    """Refuses an adapter whose other half is in the weights of another backbone than this one.
+
+    Raises:
+        AdapterError: the weights that methods were folded into are not here, or have other values.
+    """
+    if config.folded is None:
+        return
+    here, names = dict(model.named_parameters()), [str(name) for name in config.folded["weights"]]
+    if (
+        not all(name in here for name in names)
+        or digest({name: here[name] for name in names}) != config.folded["digest"]
+    ):
+        raise AdapterError(
+            "Part of this adapter was folded into a backbone's weights, and this backbone does not have them. Load the "
+            "backbone that was saved when it was folded."
+        )
 
 
 def _check_fit(model: nn.Module, adapter: str, found: dict[str, torch.Tensor]) -> None:

@@ -55,6 +55,7 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
         modules_to_save: names of other modules to train and save whole, such as a head.
         backbone: the model type and the widths of the blocks the adapter was made for; filled in when it is attached.
         pruned: by block number, the kinds of methods that are gone from it; filled in by `pelton.prune`.
+        folded: which weights of the backbone hold the rest of the adapter, and their hash; filled in by `pelton.fold`.
         sizes: by block number, kind and place ("0.lora.attn_v"), how many units a shrunk part has left; likewise.
     """
 
@@ -64,6 +65,7 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
     backbone: dict[str, Any] | None = None
     pruned: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     sizes: dict[str, int] = dataclasses.field(default_factory=dict)
+    folded: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         """Turns names and mappings into specs and checks the list."""

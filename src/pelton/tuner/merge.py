@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -11,33 +12,42 @@ from transformers.pytorch_utils import Conv1D
 
 from pelton.errors import AdapterError
 from pelton.gates import StaticGate
-from pelton.methods import BitFit
+from pelton.methods import METHODS, BitFit
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.plan import Edit
 
 
 def check_foldable(gated: GatedBlock, block: nn.Module, adapters: Sequence[str]) -> None:
-    """Raises AdapterError unless the adapters fold exactly into the layers of a block."""
+    """Raises AdapterError unless the adapters fold exactly, and whole, into the layers of a block."""
     for name in adapters:
         if name not in gated.wirings:
             continue
-        gate = gated.gates[name]
-        if not isinstance(gate, StaticGate):
-            raise AdapterError(
-                f"Adapter {name!r} has gates that read the input ({gate.granularity!r}), so no constant weight equals "
-                "it. Freeze the gates first, or train with ScalarGate or FixedGate."
-            )
+        check_static(gated, name)
         for spec in gated.wirings[name].methods:
             if not spec.foldable:
                 raise AdapterError(
                     f"Adapter {name!r} holds {spec.kind!r}, which is not a change of the backbone's weights. Only "
                     "adapters of foldable methods (lora, ia3, bitfit) merge; keep this one attached."
                 )
-        _check_layers(gated, block, name)
+        check_layers(gated, block, name)
 
 
-def _check_layers(gated: GatedBlock, block: nn.Module, name: str) -> None:
+def check_static(gated: GatedBlock, name: str) -> None:
+    """Raises AdapterError where an adapter's gate reads the input."""
+    gate = gated.gates[name]
+    if not isinstance(gate, StaticGate):
+        raise AdapterError(
+            f"Adapter {name!r} has gates that read the input ({gate.granularity!r}), so no constant weight equals it. "
+            "Freeze the gates first (pelton.freeze_gates), or train with ScalarGate or FixedGate."
+        )
+
+
+def check_layers(gated: GatedBlock, block: nn.Module, name: str) -> None:
+    """Raises AdapterError where a layer that foldable methods edit cannot take them in."""
+    foldable = {spec.kind for spec in gated.wirings[name].methods if spec.foldable}
     for (path, _), edits in gated.wirings[name].edits.items():
+        if not any(edit.kind in foldable for edit in edits):
+            continue
         layer = block.get_submodule(path)
         where = f"{gated.block.name}.{path}"
         if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D):
@@ -49,11 +59,26 @@ def _check_layers(gated: GatedBlock, block: nn.Module, name: str) -> None:
             )
 
 
+def check_untied(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
+    """Raises AdapterError where a weight that is to change is also another layer's."""
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    for parameter in parameters:
+        if len(set(names[id(parameter)])) > 1:
+            raise AdapterError(
+                f"{' and '.join(sorted(set(names[id(parameter)])))} are one tied weight: folding into one would change "
+                "the other. Leave that site out of the adapter, or keep the adapter attached."
+            )
+
+
 @torch.no_grad()
 def fold_block(
     gated: GatedBlock, block: nn.Module, adapters: Sequence[str], check: bool = False
 ) -> Iterator[tuple[nn.Parameter, Tensor]]:
     """Yields each parameter of a block that changes and the value it takes; writes nothing.
+
+    Methods that do not fold are passed over.
 
     Args:
         gated: the gated block.
@@ -61,7 +86,13 @@ def fold_block(
         adapters: the adapters to fold, in order.
         check: refuse values that are not finite.
     """
-    layers: dict[str, None] = {p: None for a in adapters if a in gated.wirings for p, _ in gated.wirings[a].edits}
+    wirings = [gated.wirings[name] for name in adapters if name in gated.wirings]
+    layers: dict[str, None] = {
+        path: None
+        for wiring in wirings
+        for (path, _), edits in wiring.edits.items()
+        if any(METHODS[edit.kind].foldable for edit in edits)
+    }
     for path in layers:
         layer = cast(nn.Linear, block.get_submodule(path))
         flipped = isinstance(layer, Conv1D)
@@ -86,7 +117,7 @@ def _fold_adapter(
         return weight, bias
     edits = gated.wirings[name].edits
     for edit in (*edits.get((path, "output"), ()), *edits.get((path, "input"), ())):  # outputs read the edited input
-        if edit.kind not in gated.off:
+        if edit.kind not in gated.off and METHODS[edit.kind].foldable:
             weight, bias = _fold_edit(gated, name, edit, weight, bias)
     return weight, bias
 

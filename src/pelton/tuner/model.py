@@ -21,9 +21,9 @@ from pelton.anatomy import find_anatomy
 from pelton.errors import AdapterError
 from pelton.gates.penalties import wanted
 from pelton.tuner.block import GatedBlock
-from pelton.tuner.checkpoint import CheckpointKeys, check_heads
+from pelton.tuner.checkpoint import CheckpointKeys, check_folded, check_heads
 from pelton.tuner.config import PeltonConfig
-from pelton.tuner.merge import check_foldable, fold_block
+from pelton.tuner.merge import check_foldable, check_untied, fold_block
 from pelton.tuner.penalise import GatePenalty, attach_penalties
 from pelton.tuner.plan import BlockPlan, fingerprint, fitting_methods, make_plan
 from pelton.tuner.register import PREFIX
@@ -82,6 +82,7 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
         try:
             anatomy = find_anatomy(model)
             check_heads(model, config)
+            check_folded(model, config)
             config = copy.copy(config)
             config.methods = fitting_methods(config, anatomy)  # saved so: the default may be another one by then
             with context:
@@ -206,14 +207,22 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
                 for path, block in self.named_blocks()
                 for entry in fold_block(block, self.model.get_submodule(path), names, check=safe_merge)
             ]
+            check_untied(self.model, [parameter for parameter, _ in folded])
             for parameter, value in folded:
                 parameter.data.copy_(value)
+        return self._take_out(merge)
+
+    def unload_trained(self) -> nn.Module:
+        """Removes the gated blocks, and leaves the trained heads in their places."""
+        return self._take_out(trained_heads=True)
+
+    def _take_out(self, trained_heads: bool) -> nn.Module:
         for path, block in list(self.named_blocks()):
             block.taps.disconnect()
             delattr(self.model.get_submodule(path), CHILD)
         for hook in self.penalty_hooks:
             hook.remove()
-        self._unwrap_saved_modules(merge)
+        self._unwrap_saved_modules(trained_heads)
         if hasattr(self.model, "peft_config"):
             del self.model.peft_config
         return cast(nn.Module, self.model)

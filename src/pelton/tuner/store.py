@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,3 +92,13 @@ def write_whole(path: Path, content: bytes) -> None:
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """Returns a hash of tensors by name: their shapes and their float32 values."""
+    found = hashlib.sha256()
+    for key in sorted(tensors):
+        value = tensors[key].detach().float().cpu().contiguous()
+        found.update(f"{key} {tuple(value.shape)} ".encode())
+        found.update(value.numpy().tobytes())
+    return found.hexdigest()

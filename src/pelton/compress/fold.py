@@ -1,0 +1,187 @@
+"""Folding: LoRA, (IA)³ and BitFit go into the backbone's weights, at no cost at inference; what cannot stays, constant.
+
+    LoRA     W + g · (alpha / rank) · B A
+    (IA)³    rows of W and b, or columns of W, times 1 + g · (l − 1)
+    BitFit   b + g · Δb
+
+Where all of an adapter folds, what is left is the backbone's own module tree: an ordinary model. Otherwise bottlenecks
+and prefixes stay under constant gates; a prefix becomes keys and values. `unfold` brings the gated model back.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from peft import get_peft_model
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from pelton.compress.prune import static_values
+from pelton.compress.steps import adapter_of
+from pelton.errors import AdapterError
+from pelton.methods import MethodSpec, Prefix, PrefixPart
+from pelton.tuner.attention import Projection
+from pelton.tuner.block import gate_of
+from pelton.tuner.config import PeltonConfig
+from pelton.tuner.controls import tuners
+from pelton.tuner.merge import check_layers, check_static, check_untied, fold_block
+from pelton.tuner.model import PeltonModel
+from pelton.tuner.recast import adapter_tensors, recast, with_changes
+from pelton.tuner.store import digest
+
+RECORD = "pelton_folded"
+
+
+@dataclass(frozen=True)
+class Folded:
+    """The way back from a folded model.
+
+    Attributes:
+        adapter: The adapter's name.
+        config: Its config before.
+        tensors: Its tensors before.
+        weights: The backbone's weights that changed, as they were, by name.
+        digest: A hash of those weights as they are since.
+        heads: Modules that were trained whole, as they were before they were trained, by name.
+    """
+
+    adapter: str
+    config: PeltonConfig
+    tensors: dict[str, Tensor]
+    weights: dict[str, Tensor]
+    digest: str
+    heads: dict[str, nn.Module]
+
+
+def fold(model: nn.Module, *, adapter: str | None = None) -> nn.Module:
+    """Folds an adapter into the backbone's weights, in place.
+
+    Args:
+        model: A model with one adapter whose gates are constant.
+        adapter: Its name; the active one when not given.
+
+    Returns:
+        The plain backbone, with its trained head, where all of the adapter folds; else `model`, whose adapter holds
+        what does not.
+
+    Raises:
+        AdapterError: gates read the input, nothing folds, there are several adapters, a layer cannot take the methods
+            in (a quantised one), or a weight is tied to another layer; nothing is changed.
+    """
+    tuner, name = adapter_of(model, adapter)
+    if len(tuner.peft_config) > 1:
+        others = ", ".join(other for other in tuner.peft_config if other != name)
+        raise AdapterError(
+            f"Folding {name!r} would change what {others} were trained on. Delete them first, or load anew."
+        )
+    blocks = {path: gated for path, gated in tuner.named_blocks() if name in gated.wirings}
+    for path, gated in blocks.items():
+        check_static(gated, name)
+        check_layers(gated, tuner.model.get_submodule(path), name)
+    kinds = {spec.kind: spec.foldable for gated in blocks.values() for spec in gated.wirings[name].methods}
+    if not any(kinds.values()):
+        raise AdapterError(
+            f"Nothing of adapter {name!r} folds: it holds {', '.join(kinds)}. It is as small as it gets."
+        )
+    changes = [
+        entry
+        for path, gated in blocks.items()
+        for entry in fold_block(gated, tuner.model.get_submodule(path), [name], check=True)
+    ]
+    check_untied(tuner.model, [parameter for parameter, _ in changes])
+    record = _record(tuner, name, [parameter for parameter, _ in changes])
+    rest = None if all(kinds.values()) else _rest(tuner, name)
+    names = {id(p): key for key, p in tuner.model.named_parameters()}
+    try:
+        for parameter, value in changes:
+            parameter.data.copy_(value)
+        now = {names[id(parameter)]: parameter.detach() for parameter, _ in changes}
+        if rest is not None:
+            config, tensors = rest
+            config.steps = ()
+            config.folded = {"weights": sorted(now), "digest": digest(now)}
+            recast(tuner, name, config, tensors)
+    except BaseException:
+        for parameter, _ in changes:
+            parameter.data.copy_(record.weights[names[id(parameter)]])
+        raise
+    plain: nn.Module = model if rest is not None else tuner.unload_trained()
+    setattr(plain, RECORD, dataclasses.replace(record, digest=digest(now)))
+    return plain
+
+
+def unfold(model: nn.Module) -> nn.Module:
+    """Brings back the gated model that `fold` made this one of, to the bit; in place.
+
+    Returns:
+        The model with its adapter attached.
+
+    Raises:
+        AdapterError: the model was not folded here, or its weights have changed since.
+    """
+    record = cast(Folded | None, model.__dict__.get(RECORD))
+    if record is None:
+        raise AdapterError(
+            f"This {type(model).__name__} was not folded, or it was saved and loaded since: there is no way back."
+        )
+    found = tuners(model)
+    backbone = found[0].model if found else model
+    parameters = dict(backbone.named_parameters())
+    if digest({key: parameters[key] for key in record.weights}) != record.digest:
+        raise AdapterError("The folded weights have changed since: unfolding would lose what they learned.")
+    for key, value in record.weights.items():
+        parameters[key].data.copy_(value)
+    if found:
+        recast(found[0], record.adapter, record.config, record.tensors)
+        del model.__dict__[RECORD]
+        return model
+    del model.__dict__[RECORD]
+    gated = get_peft_model(cast(Any, model), copy.copy(record.config), adapter_name=record.adapter)
+    tuner, name = adapter_of(gated, record.adapter)
+    recast(tuner, name, record.config, record.tensors)
+    for path, original in record.heads.items():
+        cast(Any, tuner.model.get_submodule(path)).original_module = original
+    gated.train(model.training)
+    return cast(nn.Module, gated)
+
+
+def _record(tuner: PeltonModel, name: str, changed: list[nn.Parameter]) -> Folded:
+    """Keeps what folding loses."""
+    wanted = {id(parameter) for parameter in changed}
+    weights = {key: p.detach().clone() for key, p in tuner.model.named_parameters() if id(p) in wanted}
+    tensors = {key: value.detach().clone() for key, value in adapter_tensors(tuner, name).items()}
+    heads = {
+        path: module.original_module
+        for path, module in tuner.model.named_modules()
+        if isinstance(module, ModulesToSaveWrapper)
+    }
+    return Folded(name, tuner.peft_config[name], tensors, weights, "", heads)
+
+
+@torch.no_grad()
+def _rest(tuner: PeltonModel, name: str) -> tuple[PeltonConfig, dict[str, Tensor]]:
+    """Returns config and tensors of what does not fold; prefixes as constant keys and values."""
+    config = tuner.peft_config[name]
+    methods = tuple(_constant(spec) for spec in config.specs if not spec.foldable)
+    kept, tensors = {spec.kind for spec in methods}, adapter_tensors(tuner, name)
+    for path, gated in tuner.named_blocks():
+        here = {spec.kind for spec in gated.wirings[name].methods}
+        lost = tuple(f"{path}.methods.{kind}." for kind in here - kept)
+        tensors = {key: value for key, value in tensors.items() if not lost or not key.startswith(lost)}
+        tensors = static_values(tensors, path, gate_of(gated, name), here - kept, not here & kept)
+        if Prefix.kind in here:
+            attention = tuner.model.get_submodule(path).get_submodule(gated.block.attention)
+            place = f"{path}.methods.{Prefix.kind}.attn"
+            part = cast(PrefixPart, gated.part(name, Prefix.kind, "attn"))
+            keys, values = part.flat(Projection(attention, gated))
+            tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{place}.")}
+            tensors |= {f"{place}.keys": keys, f"{place}.values": values}
+    return with_changes(config, methods=methods), tensors
+
+
+def _constant(spec: MethodSpec) -> MethodSpec:
+    return dataclasses.replace(spec, parametrisation="kv") if isinstance(spec, Prefix) else spec
