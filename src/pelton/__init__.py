@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pelton.compress.prune import prune
     from pelton.compress.steps import revive
     from pelton.errors import PeltonError
+    from pelton.export.peft import from_peft, to_peft
     from pelton.gates import FixedGate, FrozenGate, LinearGate, MLPGate, ScalarGate, register_gate
     from pelton.gates.recording import GateLog, record_gates
     from pelton.methods import IA3, BitFit, Bottleneck, LoRA, Prefix, register_method
@@ -40,6 +41,7 @@ _HOME = {
     "pelton.compress.prune": ("prune",),
     "pelton.compress.steps": ("revive",),
     "pelton.errors": ("PeltonError",),
+    "pelton.export.peft": ("from_peft", "to_peft"),
     "pelton.gates": ("FixedGate", "FrozenGate", "LinearGate", "MLPGate", "ScalarGate", "register_gate"),
     "pelton.gates.recording": ("GateLog", "record_gates"),
     "pelton.methods": ("IA3", "BitFit", "Bottleneck", "LoRA", "Prefix", "register_method"),
@@ -72,6 +74,7 @@ __all__ = [
     "find_anatomy",
     "fold",
     "freeze_gates",
+    "from_peft",
     "gate_penalty",
     "gate_summary",
     "gated_blocks",
@@ -85,6 +88,7 @@ __all__ = [
     "set_stage",
     "set_temperature",
     "taylor",
+    "to_peft",
     "unfold",
 ]
 

@@ -1,0 +1,1 @@
+"""Handing over: adapters in the formats of others, and theirs in ours."""
