@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fits import Make
 from law import attached
 from pelton import MLPGate, PeltonConfig, ScalarGate, leave_one_out, prune, taylor
 from pelton.cli.main import run as command
 from pelton.errors import AdapterError
+from pelton.tasks.heads import MeanPoolingClassifier
 from pelton.training.fit import fit
 from pelton.training.run import Run
 from pelton.tuner import gated_blocks
@@ -58,6 +61,49 @@ def test_from_the_command_line(trained: Run, capsys: pytest.CaptureFixture[str])
         "freeze",
         "revive",
     ]
+
+
+def test_fold_and_convert_from_the_command_line(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = {"methods": ["lora", "bitfit"], "gate": {"kind": "scalar"}}
+    trained = fit(make(adapter, task={"head": "pooler", "head_init": "random"}))
+    folder, before = trained.folder.path, bits(trained.folder.path)
+    said = trained.outputs(trained.examples().inputs)
+    assert command(["fold", str(folder)]) == 0
+    assert str(folder / "folded") in capsys.readouterr().out.replace("\n", "")
+    plain = AutoModelForSequenceClassification.from_pretrained(folder / "folded").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "folded")
+    assert not [name for name, _ in plain.named_modules() if "pelton" in name]
+    for (text,), one in zip(trained.examples().inputs[:4], said, strict=False):
+        with torch.no_grad():
+            logits = plain(**tokenizer(text, return_tensors="pt")).logits[0]
+        assert torch.allclose(logits, torch.tensor(one), atol=1e-4)
+    assert bits(folder) == before
+    assert command(["fold", str(folder)]) == 2
+    assert "exists. Name a new folder" in capsys.readouterr().err
+    assert command(["convert", str(folder)]) == 2
+    assert "holds bitfit in block 0, which PEFT's LoRA cannot say" in capsys.readouterr().err
+    lora = fit(make({"methods": ["lora"], "gate": {"kind": "scalar"}}))
+    assert command(["convert", str(lora.folder.path), "--output", str(tmp_path / "peft")]) == 0
+    assert {path.name for path in (tmp_path / "peft").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_what_does_not_fold_is_written_beside(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = trained.folder.path
+    assert command(["fold", str(folder)]) == 2
+    assert "Freeze the gates first" in capsys.readouterr().err
+    assert not (folder / "folded").exists()
+    assert command(["freeze", str(folder)]) == 0
+    small = Run.load(folder)
+    said = small.outputs(small.examples().inputs)
+    assert command(["fold", str(folder)]) == 0
+    assert "MeanPoolingClassifier" in capsys.readouterr().out
+    backbone = MeanPoolingClassifier.from_pretrained(folder / "folded" / "model")
+    model = PeftModel.from_pretrained(backbone, folder / "folded" / "adapter").eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder / "folded" / "model")
+    for (text,), one in zip(small.examples().inputs[:4], said, strict=False):
+        with torch.no_grad():
+            logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        assert torch.allclose(logits, torch.tensor(one), atol=1e-4)
 
 
 def test_the_scores_are_those_of_the_run(trained: Run) -> None:

@@ -139,6 +139,8 @@ def gates(
 app.command()(compress.freeze)
 app.command()(compress.prune)
 app.command()(compress.revive)
+app.command()(compress.fold)
+app.command()(compress.convert)
 app.command()(bench)
 app.add_typer(data_commands, name="data")
 

@@ -1,4 +1,4 @@
-"""`pelton freeze`, `prune` and `revive`: a run's adapter becomes smaller, and whole again."""
+"""`pelton freeze`, `prune`, `revive`, `fold` and `convert`: a run's adapter becomes smaller, and whole again."""
 
 from __future__ import annotations
 
@@ -50,3 +50,30 @@ def revive(
     from pelton.compress.runs import revive_run
 
     show.change(revive_run(run, last=last))
+
+
+def fold(
+    run: RunPath,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="A new folder; RUN/folded if not given.")] = None,
+) -> None:
+    """Fold a run's adapter into its backbone and write an ordinary model; the run stays."""
+    from pelton.cli import show
+    from pelton.compress.runs import fold_run
+
+    place = run / "folded" if output is None else output
+    change, whole = fold_run(run, place)
+    show.change(change)
+    print(place if whole else f"{place / 'model'} and what does not fold, {place / 'adapter'}")
+    if "MeanPoolingClassifier" in (place / ("" if whole else "model") / "config.json").read_text(encoding="utf-8"):
+        print("Its mean-pooling head is pelton.tasks.heads.MeanPoolingClassifier; load it with that.")
+
+
+def convert(
+    run: RunPath,
+    output: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder; RUN/peft if not given.")] = None,
+) -> None:
+    """Write a run's frozen LoRA as a standard PEFT folder."""
+    from pelton.export.peft import to_peft
+    from pelton.training.run import Run
+
+    print(to_peft(Run.load(run).model, run / "peft" if output is None else output))

@@ -10,12 +10,13 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from safetensors import SafetensorError
 
+from pelton.compress.fold import fold
 from pelton.compress.freeze import Statistic, freeze_gates
 from pelton.compress.importance import leave_one_out, taylor
 from pelton.compress.over import BlockValues
@@ -107,6 +108,49 @@ def revive_run(path: Path, *, last: bool = False) -> Change:
         return []
 
     return _change(path, "revive", act)
+
+
+def fold_run(path: Path, output: Path) -> tuple[Change, bool]:
+    """Folds a run's adapter and writes what is left; the run stays as it is.
+
+    Args:
+        path: The run's folder.
+        output: A new folder. It gets an ordinary model with its tokenizer where all of the adapter folds; else the
+            folded backbone in `model` and the rest of the adapter in `adapter`.
+
+    Returns:
+        What it cost, and whether all of the adapter folded.
+
+    Raises:
+        TrainingError: the output exists.
+        AdapterError: as `fold` does; nothing is written.
+    """
+    if output.exists():
+        raise TrainingError(f"{output} exists. Name a new folder with --output.")
+    run = Run.load(path)
+    tuner, adapter = adapter_of(run.model, None)
+    split, examples = _judged(load_task(run.recipe.task, run.recipe.training.seed))
+    features = run.task.judged(examples, run.processor)
+    before, size = run.evaluate(examples, features), _size(tuner, adapter)
+    plain = fold(run.model)
+    whole = plain is not run.model
+    folded = replace(run, model=plain)
+    rest = 0 if whole else _size(tuner, adapter)
+    change = Change("fold", split, before, folded.evaluate(examples, features), (size, rest))
+    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.absolute().parent))
+    try:
+        with quiet():
+            if not whole:
+                cast(Any, plain).save_pretrained(draft / "adapter")
+                plain = cast(Any, plain).unload()
+            place = draft if whole else draft / "model"
+            cast(Any, plain).save_pretrained(place)
+            run.processor.save_pretrained(place)
+        draft.chmod(0o755)
+        draft.rename(output)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return change, whole
 
 
 def _importance(run: Run, data: Loaded, by: By) -> BlockValues | None:
