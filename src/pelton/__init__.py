@@ -13,6 +13,7 @@ from pelton.version import __version__
 
 if TYPE_CHECKING:
     from pelton.anatomy import find_anatomy
+    from pelton.compress.combine import combine
     from pelton.compress.fold import fold, unfold
     from pelton.compress.freeze import freeze_gates
     from pelton.compress.importance import leave_one_out, taylor
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 _HOME = {
     "pelton.anatomy": ("find_anatomy",),
+    "pelton.compress.combine": ("combine",),
     "pelton.compress.fold": ("fold", "unfold"),
     "pelton.compress.freeze": ("freeze_gates",),
     "pelton.compress.importance": ("leave_one_out", "taylor"),
@@ -71,6 +73,7 @@ __all__ = [
     "Prefix",
     "ScalarGate",
     "__version__",
+    "combine",
     "find_anatomy",
     "fold",
     "freeze_gates",

@@ -1,0 +1,178 @@
+"""Several adapters become one: by average, task arithmetic, TIES or DARE, with LoRA cut by its singular values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+
+from law import METHODS, attached, far, together, wake
+from pelton import FrozenGate, LoRA, PeltonConfig, ScalarGate, combine, freeze_gates
+from pelton.errors import AdapterError, PeltonError
+from pelton.methods import LINEAR_SITES
+from pelton.tuner import gated_blocks
+from test_laws_compress import assert_same, output, tensors
+from zoo import ARCHS, Arch
+
+
+def two(arch: Arch, methods: Any = None, gate: Any = "scalar", second: Any = None, **more: Any) -> Any:
+    model = attached(arch, gate, methods, **more)
+    config = model.peft_config["default"]
+    model.add_adapter("second", PeltonConfig(methods=second or config.specs, gate=config.gate_spec, **more))
+    return wake(model, "second", seed=9).eval()
+
+
+def products(model: Any, adapter: str) -> dict[str, torch.Tensor]:
+    """scaling · B A by block and place."""
+    return {
+        f"{block.block.name}.{key}": (part.scaling * part.B @ part.A).detach()
+        for block in gated_blocks(model)
+        for key, part in block.methods[adapter]["lora"].items()
+    }
+
+
+def test_an_adapter_with_itself_is_itself(arch: Arch) -> None:
+    model = attached(arch, "scalar")
+    out = output(arch, model)
+    for how in ("average", "ties"):
+        found = combine(model, {"default": 0.7}, how, how=how, density=1.0)  # type: ignore[arg-type]
+        model.set_adapter(how)
+        assert far(out, output(arch, model)) <= 1e-5
+        assert found.lost_in_all <= 1e-10
+        model.set_adapter("default")
+
+
+def test_adapters_stay_and_the_new_one_is_saved(arch: Arch, tmp_path: Path) -> None:
+    model = two(arch, together(arch))
+    before, out = tensors(model), output(arch, model)
+    combine(model, {"default": 1.0, "second": 3.0}, "both")
+    assert torch.equal(output(arch, model), out)
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in before.items())
+    model.set_adapter("both")
+    small = output(arch, model)
+    assert far(small, out) > 1e-4
+    model.save_pretrained(tmp_path, selected_adapters=["both"])
+    again = PeftModel.from_pretrained(arch.build(), tmp_path / "both").eval()
+    assert torch.equal(output(arch, again), small)
+
+
+def test_loras_average_in_their_products() -> None:
+    model = two(
+        ARCHS["bert"], [LoRA(rank=3, alpha=6, sites=LINEAR_SITES)], second=[LoRA(rank=2, alpha=8, sites=LINEAR_SITES)]
+    )
+    found = combine(model, {"default": 1.0, "second": 3.0}, "whole", rank=5)
+    first, other, whole = (products(model, name) for name in ("default", "second", "whole"))
+    for key, product in whole.items():
+        torch.testing.assert_close(product, (first[key] + 3 * other[key]) / 4, atol=1e-5, rtol=1e-4)
+    assert found.lost_in_all <= 1e-10
+    combine(model, {"default": 1.0, "second": -0.5}, "sum", how="arithmetic", rank=5)
+    for key, product in products(model, "sum").items():
+        torch.testing.assert_close(product, first[key] - 0.5 * other[key], atol=1e-5, rtol=1e-4)
+
+
+def test_the_lost_energy_is_that_of_the_singular_values_cut_off() -> None:
+    model = two(ARCHS["bert"], [LoRA(rank=3, alpha=6)])
+    found = combine(model, {"default": 1.0, "second": 1.0}, "both", rank=2)
+    first, other, both = (products(model, name) for name in ("default", "second", "both"))
+    for (key, product), lost in zip(both.items(), found.lost.values(), strict=True):
+        wanted = (first[key] + other[key]) / 2
+        energy = torch.linalg.svdvals(wanted).square()
+        assert lost == pytest.approx(float(energy[2:].sum() / energy.sum()), abs=1e-5)
+        assert float((product - wanted).square().sum() / energy.sum()) == pytest.approx(lost, abs=1e-5)
+    assert 0 < found.lost_in_all < 1
+
+
+def test_ties_trims_elects_and_averages_what_agrees() -> None:
+    """Against the three steps of the paper, written out for single numbers."""
+    model = two(ARCHS["bert"], [METHODS["bitfit"]])
+    combine(model, {"default": 1.0, "second": 1.0}, "both", how="ties", density=0.5)
+    for block in gated_blocks(model):
+        for key in block.methods["default"]["bitfit"]:
+            a, b, both = (
+                next(block.methods[n]["bitfit"][key].parameters()).tolist() for n in ("default", "second", "both")
+            )
+            trim = lambda xs: [x if sorted(map(abs, xs), reverse=True).index(abs(x)) < len(xs) / 2 else 0.0 for x in xs]  # noqa: E731
+            for x, y, z in zip(trim(a), trim(b), both, strict=True):
+                sign = (x + y > 0) - (x + y < 0)
+                agree = [v for v in (x, y) if v * sign > 0]
+                assert z == pytest.approx(sum(agree) / len(agree) if agree else 0.0, abs=1e-6)
+
+
+def test_dare_drops_and_scales_up_and_a_seed_repeats_it() -> None:
+    model = two(ARCHS["bert"], [METHODS["bitfit"]])
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        combine(model, {"default": 1.0}, name, how="dare", density=0.5, seed=seed)
+    rows = {
+        n: torch.cat([p for b in gated_blocks(model) for p in b.methods[n].parameters()])
+        for n in ("default", "a", "b", "c")
+    }
+    assert torch.equal(rows["a"], rows["b"])
+    assert not torch.equal(rows["a"], rows["c"])
+    kept = rows["a"] != 0
+    assert 0.3 < float(kept.float().mean()) < 0.7
+    torch.testing.assert_close(rows["a"][kept], 2 * rows["default"][kept])
+
+
+def test_frozen_gates_are_averaged_in_config_and_weights() -> None:
+    model = two(ARCHS["bert"], gate=ScalarGate(0.5))
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        freeze_gates(model, adapter=name)
+    combine(model, {"default": 1.0, "second": 1.0}, "both")
+    gate = model.peft_config["both"].gate_spec
+    assert isinstance(gate, FrozenGate)
+    for block in gated_blocks(model):
+        values: Any = block.gates["both"]
+        assert values.values().tolist() == pytest.approx(
+            [gate.values[str(block.block.index)][k] for k in values.methods]
+        )
+        mean = sum(block.gates[n].values() for n in ("default", "second")) / 2  # type: ignore[operator]
+        torch.testing.assert_close(values.values(), mean)
+
+
+def test_heads_are_averaged() -> None:
+    model = two(ARCHS["bert"], ["lora"], modules_to_save=["classifier"])
+    heads = model.get_base_model().classifier.modules_to_save
+    with torch.no_grad():
+        heads["default"].weight.fill_(1.0)
+        heads["second"].weight.fill_(4.0)
+    combine(model, {"default": 2.0, "second": 1.0}, "both")
+    assert float(heads["both"].weight.unique()) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("second", "arguments", "message"),
+    [
+        (["bottleneck"], {}, "Adapters 'default' and 'second' differ in their methods"),
+        ([LoRA(sites=("attn.k",))], {}, "differ in their methods"),
+        ([LoRA(rank=2)], {"name": "second"}, "There is an adapter 'second' already"),
+        ([LoRA(rank=2)], {"how": "tie"}, "Did you mean 'ties'"),
+        ([LoRA(rank=2)], {"density": 0.0}, "0 < density <= 1"),
+        ([LoRA(rank=2)], {"weights": {"default": 1.0, "third": 1.0}}, "There is no adapter 'third'"),
+        ([LoRA(rank=2)], {"weights": {"default": 1.0, "second": -1.0}}, "sum of weights > 0"),
+    ],
+)
+def test_what_cannot_be_combined_is_said(second: Any, arguments: dict[str, Any], message: str) -> None:
+    model = two(ARCHS["bert"], ["lora"], second=second)
+    before = tensors(model)
+    values = {"weights": {"default": 1.0, "second": 1.0}, "name": "both"} | arguments
+    with pytest.raises(PeltonError, match=message):
+        combine(model, **values)
+    assert_same(model, before)
+
+
+def test_a_failure_takes_the_new_adapter_off_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = two(ARCHS["bert"])
+    before = tensors(model)
+
+    def fail(*arguments: Any) -> None:
+        raise AdapterError("half-way")
+
+    monkeypatch.setattr("pelton.compress.combine.recast", fail)
+    with pytest.raises(AdapterError, match="half-way"):
+        combine(model, {"default": 1.0, "second": 1.0}, "both")
+    assert_same(model, before)
+    assert list(model.peft_config) == ["default", "second"]
