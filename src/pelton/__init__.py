@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pelton.compress.freeze import freeze_gates
     from pelton.compress.importance import leave_one_out, taylor
     from pelton.compress.prune import prune
+    from pelton.compress.shrink import shrink
     from pelton.compress.steps import revive
     from pelton.errors import PeltonError
     from pelton.export.peft import from_peft, to_peft
@@ -41,6 +42,7 @@ _HOME = {
     "pelton.compress.freeze": ("freeze_gates",),
     "pelton.compress.importance": ("leave_one_out", "taylor"),
     "pelton.compress.prune": ("prune",),
+    "pelton.compress.shrink": ("shrink",),
     "pelton.compress.steps": ("revive",),
     "pelton.errors": ("PeltonError",),
     "pelton.export.peft": ("from_peft", "to_peft"),
@@ -90,6 +92,7 @@ __all__ = [
     "set_methods",
     "set_stage",
     "set_temperature",
+    "shrink",
     "taylor",
     "to_peft",
     "unfold",

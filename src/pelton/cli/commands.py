@@ -138,6 +138,7 @@ def gates(
 
 app.command()(compress.freeze)
 app.command()(compress.prune)
+app.command()(compress.shrink)
 app.command()(compress.revive)
 app.command()(compress.fold)
 app.command()(compress.convert)

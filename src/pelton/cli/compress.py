@@ -1,4 +1,4 @@
-"""`pelton freeze`, `prune`, `revive`, `fold` and `convert`: a run's adapter becomes smaller, and whole again."""
+"""`pelton freeze`, `prune`, `shrink`, `revive`, `fold` and `convert`: a run's adapter becomes smaller, and whole again."""
 
 from __future__ import annotations
 
@@ -39,6 +39,18 @@ def prune(
     from pelton.compress.runs import prune_run
 
     show.change(prune_run(run, by=by, threshold=threshold, keep=keep, budget_params=budget_params))
+
+
+def shrink(
+    run: RunPath,
+    energy: Annotated[float | None, typer.Option(help="Each part keeps this share of what its units do.")] = None,
+    share: Annotated[float | None, typer.Option(help="Each part keeps this share of its units.")] = None,
+) -> None:
+    """Take ranks, bottleneck units and prefix positions out of a run's methods; says what that costs."""
+    from pelton.cli import show
+    from pelton.compress.runs import shrink_run
+
+    show.change(shrink_run(run, energy=energy, share=share))
 
 
 def revive(

@@ -21,6 +21,7 @@ from pelton.compress.freeze import Statistic, freeze_gates
 from pelton.compress.importance import leave_one_out, taylor
 from pelton.compress.over import BlockValues
 from pelton.compress.prune import Entry, prune
+from pelton.compress.shrink import shrink
 from pelton.compress.steps import adapter_of, revive
 from pelton.errors import AdapterError, TrainingError
 from pelton.tasks.base import Examples
@@ -98,6 +99,16 @@ def prune_run(
         )
 
     return _change(path, "prune", act)
+
+
+def shrink_run(path: Path, *, energy: float | None = None, share: float | None = None) -> Change:
+    """Takes units out of the parts of a run's adapter; see `shrink`."""
+
+    def act(run: Run, data: Loaded) -> list[Entry]:
+        shrink(run.model, energy=energy, share=share)
+        return []
+
+    return _change(path, "shrink", act)
 
 
 def revive_run(path: Path, *, last: bool = False) -> Change:
