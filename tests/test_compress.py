@@ -40,6 +40,8 @@ def test_from_the_command_line(trained: Run, capsys: pytest.CaptureFixture[str])
     assert "before" in out
     assert "after" in out
     assert out.count("gone") == len(json.loads((folder / "changes.json").read_text())[0]["gone"]) > 0
+    assert command(["shrink", str(folder), "--share", "0.5"]) == 0
+    assert command(["shrink", str(folder)]) == 2
     assert command(["freeze", str(folder), "--statistic", "fit"]) == 0
     assert "parameters" in capsys.readouterr().out
     small = Run.load(folder)

@@ -1,4 +1,4 @@
-"""`pelton freeze`, `prune`, `shrink`, `revive`, `fold` and `convert`: a run's adapter becomes smaller, and whole again."""
+"""`pelton freeze`, `prune`, `shrink`, `revive`, `fold`, `convert`: a run's adapter becomes smaller, and whole again."""
 
 from __future__ import annotations
 
