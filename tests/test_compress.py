@@ -58,11 +58,8 @@ def test_from_the_command_line(trained: Run, capsys: pytest.CaptureFixture[str])
         assert (one == other).all()
     assert command(["revive", str(folder)]) == 2
     assert "has nothing to bring back" in capsys.readouterr().err
-    assert [change["name"] for change in json.loads((folder / "changes.json").read_text())] == [
-        "prune",
-        "freeze",
-        "revive",
-    ]
+    changes = json.loads((folder / "changes.json").read_text())
+    assert [change["name"] for change in changes] == ["prune", "shrink", "freeze", "revive"]
 
 
 def test_fold_and_convert_from_the_command_line(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
