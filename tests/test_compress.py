@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from fits import Make
+from fits import At, Make
 from law import attached
 from pelton import MLPGate, PeltonConfig, ScalarGate, leave_one_out, prune, taylor
 from pelton.cli.main import run as command
@@ -118,6 +118,29 @@ def test_the_scores_are_those_of_the_run(trained: Run) -> None:
     assert pruned.parameters[1] == sum(p.numel() for n, p in again.model.named_parameters() if ".pelton." in n)
     weights = [entry.importance for entry in pruned.gone]
     assert weights == sorted(weights)
+
+
+def test_contributions_of_training_weigh_methods(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    seen: dict[str, float] = {}
+
+    def note(model: Any) -> None:
+        block = gated_blocks(model)[1]
+        for number, kind in enumerate(("lora", "bottleneck")):
+            norms = [p.grad.norm() for p in block.methods["default"].get_submodule(kind).parameters()]
+            seen[kind] = float(torch.stack(norms).norm()) * (0.25 if number else 0.75)
+
+    gate = {"kind": "fixed", "value": {"lora": 0.75, "bottleneck": 0.25}}
+    recipe = make({"methods": ["lora", "bottleneck"], "gate": gate}, contribution_window=1, max_steps=3)
+    run = fit(recipe, callbacks=[At(3, note, before=True)])
+    found = run.folder.read("contributions")
+    assert found["1"] == pytest.approx({kind: value / sum(seen.values()) for kind, value in seen.items()}, rel=1e-4)
+    assert all(sum(row.values()) == pytest.approx(1.0) for row in found.values())
+    least = min((value, index, kind) for index, row in found.items() for kind, value in row.items())
+    threshold = str(least[0] * 1.0001)
+    assert command(["prune", str(run.folder.path), "--by", "contribution", "--threshold", threshold]) == 0
+    assert f"{least[2]} in block {least[1]}" in capsys.readouterr().out
+    assert command(["prune", str(fit(make()).folder.path), "--by", "contribution"]) == 2
+    assert "training.contribution_window=1000" in capsys.readouterr().err
 
 
 def test_a_full_disk_leaves_the_run_as_it_was(trained: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,8 +27,10 @@ def freeze(
 def prune(
     run: RunPath,
     by: Annotated[
-        Literal["gate", "taylor", "leave-one-out"],
-        typer.Option(help="What methods are weighed by: open gates (constant ones), gradients, or the score without."),
+        Literal["gate", "taylor", "leave-one-out", "contribution"],
+        typer.Option(
+            help="What methods are weighed by: open gates, gradients, the score without, or training's notes."
+        ),
     ] = "taylor",
     threshold: Annotated[float | None, typer.Option(help="What weighs less goes; 0.05 if nothing is said.")] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="So many methods stay, over all blocks.")] = None,

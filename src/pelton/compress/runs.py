@@ -30,7 +30,7 @@ from pelton.training.backbone import quiet
 from pelton.training.fit import record_run_gates
 from pelton.training.run import Run
 
-By = Literal["gate", "taylor", "leave-one-out"]
+By = Literal["gate", "taylor", "leave-one-out", "contribution"]
 EXAMPLES = 512
 """Training examples that constants and importances come from."""
 
@@ -83,7 +83,8 @@ def prune_run(
 
     Args:
         path: The run's folder.
-        by: How methods are weighed: how open their gates are, by gradients, or by the score without each of them.
+        by: How methods are weighed: how open their gates are, by gradients, by the score without each of them, or by
+            what was noted in training (`training.contribution_window`).
         threshold: As in `prune`.
         keep: As in `prune`.
         budget_params: As in `prune`.
@@ -167,6 +168,12 @@ def fold_run(path: Path, output: Path) -> tuple[Change, bool]:
 def _importance(run: Run, data: Loaded, by: By) -> BlockValues | None:
     if by == "taylor":
         return taylor(run.model, _batches(run, data, labelled=True))
+    if by == "contribution":
+        if not (run.folder.path / "contributions.json").is_file():
+            raise AdapterError(
+                "The run noted no contributions. Train with training.contribution_window=1000, or prune --by taylor."
+            )
+        return cast(BlockValues, run.folder.read("contributions"))
     if by == "leave-one-out":
         _, examples = _judged(data)
         features = run.task.judged(examples, run.processor)

@@ -21,6 +21,7 @@ OF_ADAPTERS = (
     "gate_warmup_steps",
     "gate_temperature_end",
     "penalty",
+    "contribution_window",
 )
 """What only methods and gates have."""
 

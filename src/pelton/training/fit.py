@@ -20,6 +20,7 @@ from pelton.tasks.base import Examples
 from pelton.tasks.load import Loaded, load_task
 from pelton.training.backbone import quiet
 from pelton.training.callbacks import History, ProgressBar, StopBetweenSteps, StopOnNaN
+from pelton.training.contributions import Contributions
 from pelton.training.features import training_features
 from pelton.training.folder import RunFolder, is_main_process, wait_for_main_process
 from pelton.training.gate_callbacks import gate_callbacks
@@ -176,6 +177,8 @@ def _callbacks(run: Run, trainer: GatedTrainer, stop: StopBetweenSteps, few: Exa
     settings = run.recipe.training
     callbacks = [History(trainer.folder.history), stop, StopOnNaN(trainer.diverged)]
     callbacks += gate_callbacks(settings, run.model)
+    if settings.contribution_window is not None:
+        callbacks.append(Contributions(trainer.folder, settings.contribution_window))
     if settings.early_stopping_patience is not None:
         callbacks.append(EarlyStoppingCallback(settings.early_stopping_patience, settings.early_stopping_min_delta))
     return [*callbacks, *track_gates(run, trainer, few)]

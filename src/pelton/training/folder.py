@@ -9,6 +9,8 @@ metrics.json       scores, trainable share, steps, seconds
 history.jsonl      one line per logged step or evaluation
 gates.parquet      gate values on some examples
 gates.json         their means: one row per block
+contributions.json gate value × gradient norm by block and method, where training.contribution_window asks for it
+changes.json       what passes did to the adapter after training, with the scores before and after
 environment.json   versions
 checkpoints/       what `resume` starts from
 logs/              what TensorBoard shows

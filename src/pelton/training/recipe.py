@@ -77,6 +77,8 @@ class TrainingSettings(Section):
         gate_temperature_end: The gates' temperature when training ends; it gets there from the gate's own in equal
             ratios a step. The temperature of the checkpoint that is kept is saved with it.
         penalty: See `PenaltySettings`.
+        contribution_window: Steps over which each method's gate value × gradient norm is averaged, for `pelton prune
+            --by contribution` afterwards; nothing is noted when not given.
         evaluate_every: Steps between two evaluations and checkpoints; an epoch when not given.
         early_stopping_patience: Evaluations without a better score after which training ends; never when not given.
         early_stopping_min_delta: By how much a score must be better to count.
@@ -114,6 +116,7 @@ class TrainingSettings(Section):
     gate_warmup_steps: Steps = 0
     gate_temperature_end: Rate | None = None
     penalty: PenaltySettings = PenaltySettings()
+    contribution_window: Count | None = None
     evaluate_every: Count | None = None
     early_stopping_patience: Count | None = None
     early_stopping_min_delta: Weight = 0.0
@@ -207,6 +210,7 @@ class Recipe(Section):
             "up_rate_ratio",
             "gate_temperature_end",
             "gate_warmup_steps",
+            "contribution_window",
         )
         lost = [key for key in (*gated, "penalty") if getattr(training, key) != default_of(key)]
         if lost and self.adapter is None:
