@@ -29,6 +29,7 @@ from pelton.tasks.load import Loaded, load_task
 from pelton.training.backbone import quiet
 from pelton.training.fit import record_run_gates
 from pelton.training.run import Run
+from pelton.tuner.model import PeltonModel
 
 By = Literal["gate", "taylor", "leave-one-out", "contribution"]
 EXAMPLES = 512
@@ -65,7 +66,7 @@ def freeze_run(path: Path, statistic: Statistic = "mean") -> Change:
     """
 
     def act(run: Run, data: Loaded) -> list[Entry]:
-        freeze_gates(run.model, list(_batches(run, data, labelled=False)), statistic=statistic)
+        freeze_gates(run.model, list(training_batches(run, data, labelled=False)), statistic=statistic)
         return []
 
     return _change(path, "freeze", act)
@@ -143,11 +144,11 @@ def fold_run(path: Path, output: Path) -> tuple[Change, bool]:
     tuner, adapter = adapter_of(run.model, None)
     split, examples = _judged(load_task(run.recipe.task, run.recipe.training.seed))
     features = run.task.judged(examples, run.processor)
-    before, size = run.evaluate(examples, features), _size(tuner, adapter)
+    before, size = run.evaluate(examples, features), adapter_size(tuner, adapter)
     plain = fold(run.model)
     whole = plain is not run.model
     folded = replace(run, model=plain)
-    rest = 0 if whole else _size(tuner, adapter)
+    rest = 0 if whole else adapter_size(tuner, adapter)
     change = Change("fold", split, before, folded.evaluate(examples, features), (size, rest))
     draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.absolute().parent))
     try:
@@ -167,7 +168,7 @@ def fold_run(path: Path, output: Path) -> tuple[Change, bool]:
 
 def _importance(run: Run, data: Loaded, by: By) -> BlockValues | None:
     if by == "taylor":
-        return taylor(run.model, _batches(run, data, labelled=True))
+        return taylor(run.model, training_batches(run, data, labelled=True))
     if by == "contribution":
         if not (run.folder.path / "contributions.json").is_file():
             raise AdapterError(
@@ -187,9 +188,11 @@ def _change(path: Path, name: str, act: Callable[[Run, Loaded], list[Entry]]) ->
     data = load_task(run.recipe.task, run.recipe.training.seed)
     split, examples = _judged(data)
     features = run.task.judged(examples, run.processor)
-    before, size = run.evaluate(examples, features), _size(tuner, adapter)
+    before, size = run.evaluate(examples, features), adapter_size(tuner, adapter)
     gone = act(run, data)
-    change = Change(name, split, before, run.evaluate(examples, features), (size, _size(tuner, adapter)), tuple(gone))
+    change = Change(
+        name, split, before, run.evaluate(examples, features), (size, adapter_size(tuner, adapter)), tuple(gone)
+    )
     _exchange(run)
     record_run_gates(run, data.some())
     folder = run.folder
@@ -198,7 +201,8 @@ def _change(path: Path, name: str, act: Callable[[Run, Loaded], list[Entry]]) ->
     return change
 
 
-def _size(tuner: Any, adapter: str) -> int:
+def adapter_size(tuner: PeltonModel, adapter: str) -> int:
+    """Returns how many parameters an adapter's gates and methods have."""
     return sum(
         p.numel()
         for block in tuner.blocks()
@@ -215,7 +219,7 @@ def _judged(data: Loaded) -> tuple[str, Examples]:
     raise TrainingError("The run has neither validation nor test rows to measure the change on. Name one in its task.")
 
 
-def _batches(run: Run, data: Loaded, *, labelled: bool) -> Iterator[Mapping[str, Any]]:
+def training_batches(run: Run, data: Loaded, *, labelled: bool) -> Iterator[Mapping[str, Any]]:
     """Yields batches of training examples."""
     examples = data.splits["train"] if data.stream is None else next(data.stream.examples())
     some = examples.take(range(min(len(examples), EXAMPLES)))
