@@ -9,10 +9,14 @@ import pytest
 import torch
 from peft import PeftModel
 
+from fits import Make, weights
 from law import METHODS, attached, far, together, wake
 from pelton import FrozenGate, LoRA, PeltonConfig, ScalarGate, combine, freeze_gates
+from pelton.cli.main import run as command
 from pelton.errors import AdapterError, PeltonError
 from pelton.methods import LINEAR_SITES
+from pelton.training.fit import fit
+from pelton.training.run import Run
 from pelton.tuner import gated_blocks
 from test_laws_compress import assert_same, output, tensors
 from zoo import ARCHS, Arch
@@ -176,3 +180,26 @@ def test_a_failure_takes_the_new_adapter_off_again(monkeypatch: pytest.MonkeyPat
         combine(model, {"default": 1.0, "second": 1.0}, "both")
     assert_same(model, before)
     assert list(model.peft_config) == ["default", "second"]
+
+
+def test_runs_combine_from_the_command_line(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [fit(make(seed=seed, max_steps=2)) for seed in (0, 1)]
+    paths, out = [str(run.folder.path) for run in runs], tmp_path / "both"
+    before = {path: path.read_bytes() for run in runs for path in run.folder.path.rglob("*") if path.is_file()}
+    assert (
+        command(["combine", *paths, "--output", str(out), "--weights", "3,1", "--how", "average", "--rank", "4"]) == 0
+    )
+    said = capsys.readouterr().out
+    assert "0.00% of the energy" in said
+    adapter = PeftModel.from_pretrained(Run.load(runs[0].folder.path).model.unload(), out)
+    heads = [weights(run)["base_model.model.classifier.weight"] for run in runs]
+    torch.testing.assert_close(adapter.get_base_model().classifier.weight.data, (3 * heads[0] + heads[1]) / 4)
+    assert {path: path.read_bytes() for path in before} == before
+    for arguments, message in (
+        ([*paths, "--output", str(out)], "exists. Name a new folder"),
+        ([paths[0], "--output", str(tmp_path / "x")], "Expected two or more runs"),
+        ([*paths, "--output", str(tmp_path / "x"), "--weights", "a,b"], "expected numbers such as 0.5,0.5"),
+    ):
+        assert command(["combine", *arguments]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "x").exists()

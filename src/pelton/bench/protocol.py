@@ -44,6 +44,11 @@ def _lora_everywhere(rank: int) -> dict[str, Any]:
     return {"methods": [{"kind": "lora", "rank": rank, "sites": list(LINEAR_SITES)}], "gate": {"kind": "fixed"}}
 
 
+def _gated_everywhere() -> dict[str, Any]:
+    lora = {"kind": "lora", "rank": 8, "sites": list(LINEAR_SITES)}
+    return {"methods": [lora, {"kind": "bottleneck"}], "gate": {"kind": "mlp"}}
+
+
 METHODS: dict[str, Method] = {
     "full": Method(None, (5e-5, 2e-4), single=False),
     "head": Method({"preset": "head"}, (1e-3, 1e-2), single=False),
@@ -55,7 +60,9 @@ METHODS: dict[str, Method] = {
     "bitfit": Method({"preset": "bitfit"}, (1e-3, 3e-3)),
     "unipelt": Method({"preset": "unipelt"}, (1e-3, 3e-3), single=False),
     "pelton": Method({"preset": "default"}, (1e-3, 2e-3), single=False),
+    "pelton-all": Method(_gated_everywhere(), (1e-3, 2e-3), single=False),
 }
+"""`pelton-all` is the default with its LoRA on every linear site, as its rival `lora-all` has it."""
 EQUAL = "lora-all-equal"
 """LoRA on every linear site, its rank such that it trains as many parameters as `pelton`."""
 

@@ -57,7 +57,7 @@ def _section(grid: Grid, table: pd.DataFrame, size: int) -> str:
     if missing:
         lines += ["", f"Not finished with every method, and so not in the means: {', '.join(missing)}."]
     if len(tasks) > 0:
-        lines += ["", f"Means over {len(tasks)} tasks, seeds {', '.join(map(str, seeds))}."]
+        lines += ["", f"Means over {_count(tasks, 'task')}, {_count(seeds, 'seed')} ({', '.join(map(str, seeds))})."]
         lines += [_sentence(comparison) for comparison in comparisons(every)]
     return "\n".join(lines)
 
@@ -106,3 +106,7 @@ def _sentence(found: Comparison) -> str:
         f"{found.left} − {found.right}{kind} is {found.difference:+.2f} points "
         f"(95 % interval {found.low:+.2f} to {found.high:+.2f}, better in {found.better:.0%} of the resamples)."
     )
+
+
+def _count(things: Sequence[object], what: str) -> str:
+    return f"{len(things)} {what}{'' if len(things) == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""`pelton freeze`, `prune`, `shrink`, `revive`, `fold`, `convert`: a run's adapter becomes smaller, and whole again."""
+"""`pelton freeze`, `prune`, `shrink`, `revive`, `fold`, `combine` and `convert`."""
 
 from __future__ import annotations
 
@@ -80,6 +80,33 @@ def fold(
     print(place if whole else f"{place / 'model'} and what does not fold, {place / 'adapter'}")
     if "MeanPoolingClassifier" in (place / ("" if whole else "model") / "config.json").read_text(encoding="utf-8"):
         print("Its mean-pooling head is pelton.tasks.heads.MeanPoolingClassifier; load it with that.")
+
+
+def combine(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Two or more runs.", show_default=False)],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="A new folder for the adapter.", show_default=False)],
+    weights: Annotated[str | None, typer.Option(help="One for each run, by comma; all the same if not given.")] = None,
+    how: Annotated[
+        Literal["average", "arithmetic", "ties", "dare"], typer.Option(help="Task arithmetic, TIES and DARE add up.")
+    ] = "average",
+    density: Annotated[float, typer.Option(help="The share of entries that ties and dare keep.")] = 0.5,
+    rank: Annotated[
+        int | None, typer.Option(min=1, help="Of the new LoRA; the largest of theirs if not given.")
+    ] = None,
+) -> None:
+    """Make one adapter of several runs on one backbone; the runs stay."""
+    from pelton.cli import show
+    from pelton.compress.together import combine_runs
+
+    try:
+        shares = None if weights is None else [float(weight) for weight in weights.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"expected numbers such as 0.5,0.5, but got {weights!r}") from error
+    found, values = combine_runs(runs, output, weights=shares, how=how, density=density, rank=rank)
+    if found.lost:
+        print(f"{found.lost_in_all:.2%} of the energy of LoRA's products was cut off by its rank")
+    show.metrics(values)
+    print(output)
 
 
 def convert(

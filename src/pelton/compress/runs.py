@@ -142,7 +142,7 @@ def fold_run(path: Path, output: Path) -> tuple[Change, bool]:
         raise TrainingError(f"{output} exists. Name a new folder with --output.")
     run = Run.load(path)
     tuner, adapter = adapter_of(run.model, None)
-    split, examples = _judged(load_task(run.recipe.task, run.recipe.training.seed))
+    split, examples = judged_split(load_task(run.recipe.task, run.recipe.training.seed))
     features = run.task.judged(examples, run.processor)
     before, size = run.evaluate(examples, features), adapter_size(tuner, adapter)
     plain = fold(run.model)
@@ -176,7 +176,7 @@ def _importance(run: Run, data: Loaded, by: By) -> BlockValues | None:
             )
         return cast(BlockValues, run.folder.read("contributions"))
     if by == "leave-one-out":
-        _, examples = _judged(data)
+        _, examples = judged_split(data)
         features = run.task.judged(examples, run.processor)
         return leave_one_out(run.model, lambda: run.evaluate(examples, features)["score"])
     return None
@@ -186,7 +186,7 @@ def _change(path: Path, name: str, act: Callable[[Run, Loaded], list[Entry]]) ->
     run = Run.load(path)
     tuner, adapter = adapter_of(run.model, None)
     data = load_task(run.recipe.task, run.recipe.training.seed)
-    split, examples = _judged(data)
+    split, examples = judged_split(data)
     features = run.task.judged(examples, run.processor)
     before, size = run.evaluate(examples, features), adapter_size(tuner, adapter)
     gone = act(run, data)
@@ -212,7 +212,8 @@ def adapter_size(tuner: PeltonModel, adapter: str) -> int:
     )
 
 
-def _judged(data: Loaded) -> tuple[str, Examples]:
+def judged_split(data: Loaded) -> tuple[str, Examples]:
+    """Returns the split that passes are measured on, and its name."""
     for split in ("validation", "test"):
         if split in data.splits:
             return split, data.splits[split]
