@@ -75,8 +75,8 @@ def _scores(grid: Grid, here: pd.DataFrame, every: pd.DataFrame) -> list[str]:
     by_cell = cells(here)
     summary = over_tasks(every).to_dict("index") if len(every) else {}
     trainable = here.groupby("method")["trainable"].median().to_dict()
-    time = here.groupby(["task", "method"])["train_seconds"].mean().unstack("method")
-    ratio = time.div(time["full"], axis=0).mean().to_dict() if "full" in time else {}
+    time = here.groupby(["task", "method"])["train_seconds"].median().unstack("method")
+    ratio = time.div(time["full"], axis=0).median().to_dict() if "full" in time else {}  # machines have other work too
     glue = [task for task in grid.tasks if task in GLUE]
     of_glue = over_tasks(every[every["task"].isin(glue)])["mean"].to_dict() if len(glue) > 1 else None
     columns = ["mean", "rank", *(["GLUE"] if of_glue is not None else []), "trainable", "training time"]
