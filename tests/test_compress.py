@@ -120,6 +120,14 @@ def test_the_scores_are_those_of_the_run(trained: Run) -> None:
     assert weights == sorted(weights)
 
 
+def test_nothing_is_chosen_on_the_test(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    run = fit(make(task={"validation": "train", "train": "train", "validation_examples": 0}, max_steps=1))
+    assert command(["prune", str(run.folder.path), "--by", "leave-one-out", "--keep", "2"]) == 2
+    assert "chooses on validation rows, and the run has none" in capsys.readouterr().err
+    assert command(["freeze", str(run.folder.path)]) == 0
+    assert (run.folder.adapter.stat().st_mode & 0o777) == 0o755
+
+
 def test_contributions_of_training_weigh_methods(make: Make, capsys: pytest.CaptureFixture[str]) -> None:
     seen: dict[str, float] = {}
 

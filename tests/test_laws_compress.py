@@ -232,6 +232,8 @@ def test_freezing_without_data_is_refused() -> None:
     model = attached(ARCHS["bert"])
     with pytest.raises(AdapterError, match="freeze_gates needs data"):
         freeze_gates(model)
+    with pytest.raises(AdapterError, match=r"but got one batch. Put it in a list"):
+        freeze_gates(model, ARCHS["bert"].inputs())
     with pytest.raises(AdapterError, match="No data reached the gates"):
         freeze_gates(model, [])
     with pytest.raises(Exception, match="Did you mean 'median'"):

@@ -55,6 +55,8 @@ def freeze_gates(
         raise unknown("statistic", statistic, STATISTICS)
     tuner, name = adapter_of(model, adapter)
     if isinstance(batches, Mapping):
+        if any(isinstance(value, Tensor) for value in batches.values()):
+            raise AdapterError("Expected batches, or batches by task, but got one batch. Put it in a list: [batch].")
         stages = {task: _choose(model, tuner, name, some, statistic) for task, some in batches.items()}
         gate = FrozenGate(stages=stages)
     else:
@@ -62,14 +64,6 @@ def freeze_gates(
     left = {key: value for key, value in adapter_tensors(tuner, name).items() if ".gates." not in key}
     take_step(tuner, name, "freeze", with_changes(tuner.peft_config[name], gate=gate), left)
     return gate
-
-
-def gate_values(
-    model: nn.Module, batches: Batches, *, statistic: Statistic = "mean", adapter: str | None = None
-) -> Any:
-    """Returns what the gates let through over data, by block number and kind: see `freeze_gates`."""
-    tuner, name = adapter_of(model, adapter)
-    return _choose(model, tuner, name, batches, statistic)
 
 
 def _choose(

@@ -131,7 +131,7 @@ def _entries(tuner: PeltonModel, name: str, importance: Mapping[str, Mapping[str
                 value = float(importance[str(index)][spec.kind])
             else:
                 raise AdapterError(f"importance has no number for {spec.kind!r} in block {index}. Give one for each.")
-            parameters = sum(p.numel() for p in gated.methods[name][spec.kind].parameters())  # type: ignore[index]
+            parameters = sum(p.numel() for p in gated.methods[name].get_submodule(spec.kind).parameters())
             found.append(Entry(index, spec.kind, value, parameters))
     return sorted(found, key=lambda entry: entry.importance)
 

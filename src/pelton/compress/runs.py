@@ -176,7 +176,11 @@ def _importance(run: Run, data: Loaded, by: By) -> BlockValues | None:
             )
         return cast(BlockValues, run.folder.read("contributions"))
     if by == "leave-one-out":
-        _, examples = judged_split(data)
+        if "validation" not in data.splits:
+            raise TrainingError(
+                "--by leave-one-out chooses on validation rows, and the run has none. Prune --by taylor."
+            )
+        examples = data.splits["validation"]
         features = run.task.judged(examples, run.processor)
         return leave_one_out(run.model, lambda: run.evaluate(examples, features)["score"])
     return None
@@ -213,7 +217,7 @@ def adapter_size(tuner: PeltonModel, adapter: str) -> int:
 
 
 def judged_split(data: Loaded) -> tuple[str, Examples]:
-    """Returns the split that passes are measured on, and its name."""
+    """Returns the name of the split that passes are measured on, and its examples."""
     for split in ("validation", "test"):
         if split in data.splits:
             return split, data.splits[split]
@@ -238,6 +242,7 @@ def _exchange(run: Run) -> None:
     try:
         with quiet():
             run.model.save_pretrained(draft)
+        draft.chmod(0o755)
         shutil.rmtree(old, ignore_errors=True)
         place.rename(old)
         try:

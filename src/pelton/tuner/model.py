@@ -25,7 +25,7 @@ from pelton.tuner.checkpoint import CheckpointKeys, check_folded, check_heads
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.merge import check_foldable, check_untied, fold_block
 from pelton.tuner.penalise import GatePenalty, attach_penalties
-from pelton.tuner.plan import BlockPlan, fingerprint, fitting_methods, make_plan
+from pelton.tuner.plan import BlockPlan, device_of, fingerprint, fitting_methods, make_plan
 from pelton.tuner.register import PREFIX
 from pelton.tuner.routing import routed_batch
 from pelton.tuner.taps import Taps
@@ -132,8 +132,7 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
             parent.add_module(target_name, gated)
         gated.add(adapter_name, plan)
         gated.taps.connect(parent, adapter_name)
-        layer = parent.get_submodule(next(iter(plan.block.sites.values()))[0].path)
-        device = next(layer.parameters()).device
+        device = device_of(parent, plan.block)
         if device.type != "meta" and not any(p.is_meta for p in gated.parameters()):
             gated.to(device)
 

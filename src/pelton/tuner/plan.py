@@ -7,6 +7,7 @@ import warnings
 from collections import defaultdict
 from typing import Any, Literal, cast
 
+import torch
 from torch import nn
 
 from pelton.anatomy import Anatomy, Block
@@ -71,6 +72,12 @@ class BlockPlan:
     gate: Gate
     parts: dict[str, dict[str, nn.Module]]
     wiring: Wiring
+
+
+def device_of(block: nn.Module, anatomy: Block) -> torch.device:
+    """Returns the device of a transformer block's layers, where its parts belong."""
+    layer = block.get_submodule(next(iter(anatomy.sites.values()))[0].path)
+    return next(layer.parameters()).device
 
 
 def make_plan(config: PeltonConfig, anatomy: Anatomy) -> list[BlockPlan]:

@@ -20,7 +20,7 @@ from pelton.gates.static import FixedGateModule
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.model import CHILD, PeltonModel
-from pelton.tuner.plan import BlockPlan, Wiring, make_plan
+from pelton.tuner.plan import BlockPlan, Wiring, device_of, make_plan
 from pelton.tuner.taps import Taps
 
 
@@ -126,8 +126,7 @@ def _fill(tuner: PeltonModel, plans: Mapping[str, BlockPlan], tensors: Mapping[s
     left = dict(tensors)
     for path, plan in plans.items():
         held = _Held.planned(plan)
-        layer = tuner.model.get_submodule(path).get_submodule(next(iter(plan.block.sites.values()))[0].path)
-        device = next(layer.parameters()).device
+        device = device_of(tuner.model.get_submodule(path), plan.block)
         held.gate.to(device).train(tuner.training)
         held.methods.to(device).train(tuner.training)
         for key, place in _tensors(path, held.gate, held.methods).items():
