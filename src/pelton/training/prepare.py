@@ -21,6 +21,8 @@ from pelton.training.feasible import require_adapter, require_objective, require
 from pelton.training.features import require_streamable
 from pelton.training.recipe import Recipe, TrainingSettings
 from pelton.training.unfrozen import unfreeze
+from pelton.tuner.controls import tuners
+from pelton.tuner.initialize import initialize_from_gradients
 from pelton.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy")
@@ -61,6 +63,14 @@ def prepare(recipe: Recipe) -> Prepared:
     elif recipe.adapter is not None:
         model = freeze(model, new)
     return Prepared(recipe, data, processor, model)
+
+
+def initialize(prepared: Prepared) -> None:
+    """Turns the factors of a new adapter along the loss's gradients, where the recipe asks for it."""
+    settings = prepared.recipe.adapter
+    if settings is not None and settings.init == "gradient" and tuners(prepared.model):
+        batches = _batches(prepared.data, prepared.processor, prepared.recipe.training.eval_batch_size)
+        initialize_from_gradients(prepared.model, batches)
 
 
 def _batches(data: Loaded, processor: Any, size: int) -> Iterator[Mapping[str, Any]]:

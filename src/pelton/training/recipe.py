@@ -32,12 +32,15 @@ class AdapterSettings(Section):
         methods: A list of `{kind: …}`, instead of a preset.
         gate: A `{kind: …}`; takes the place of the preset's own gate.
         modules_to_save: Modules trained in full beside the adapter; the task's head when not given.
+        init: Where the first factors of LoRA and bottlenecks begin: along the `gradient` of the loss on training
+            examples (`pelton.initialize_from_gradients`), or at `random`, as in PEFT.
     """
 
     preset: str | None = None
     methods: list[Any] | None = None
     gate: Any = None
     modules_to_save: list[str] | None = None
+    init: Literal["gradient", "random"] = "gradient"
 
     @model_validator(mode="after")
     def _one_source_of_methods(self) -> Self:
@@ -56,7 +59,8 @@ class TrainingSettings(Section):
         eval_batch_size: Examples a batch where nothing is learned.
         gradient_accumulation: Batches whose gradients are averaged into one step.
         learning_rate: Of the methods.
-        gate_learning_rate: Of the gates; `learning_rate` when not given.
+        gate_learning_rate: Of the gates; a tenth of `learning_rate` when not given: they decide over what is still
+            being learned.
         head_learning_rate: Of the head; `learning_rate` when not given.
         method_learning_rates: Of single kinds of methods, `{prefix: 1.0e-2}`, instead of `learning_rate`.
         up_rate_ratio: What LoRA's B and a bottleneck's U learn at, as a multiple of their method's rate. They start at

@@ -3,6 +3,7 @@
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.controls import gate_penalty, gated_blocks, set_methods, set_stage, set_temperature
+from pelton.tuner.initialize import initialize_from_gradients
 from pelton.tuner.model import PeltonModel
 from pelton.tuner.register import register
 from pelton.tuner.summary import gate_summary
@@ -16,6 +17,7 @@ __all__ = [
     "gate_penalty",
     "gate_summary",
     "gated_blocks",
+    "initialize_from_gradients",
     "set_methods",
     "set_stage",
     "set_temperature",

@@ -42,11 +42,20 @@ def default_methods() -> tuple[MethodSpec, ...]:
     return (LoRA(sites=("attn.v", "attn.out", "ffn.in")), Bottleneck())
 
 
+def default_gate() -> GateSpec:
+    """Returns the recommended gate: every method by itself, and nearly open from the start.
+
+    Gates that compete begin by dividing every method by their number, which costs more than they win
+    (`docs/design-notes.md`).
+    """
+    return MLPGate(activation="sigmoid", init=0.9)
+
+
 @dataclasses.dataclass
 class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
     """What is put into every block, and the gate that opens it.
 
-    `PeltonConfig(task_type=…)` alone is the recommended default: LoRA and a bottleneck under an `MLPGate`.
+    `PeltonConfig(task_type=…)` alone is the recommended default: LoRA and a bottleneck under an open `MLPGate`.
 
     Attributes:
         methods: specs, kinds ("lora") or mappings ({"kind": "lora", "rank": 4}), each kind once. None means the default
@@ -60,7 +69,7 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
     """
 
     methods: Sequence[MethodLike] | None = None
-    gate: GateLike = dataclasses.field(default_factory=MLPGate)
+    gate: GateLike = dataclasses.field(default_factory=default_gate)
     modules_to_save: list[str] | None = None
     backbone: dict[str, Any] | None = None
     pruned: dict[str, list[str]] = dataclasses.field(default_factory=dict)
