@@ -39,12 +39,24 @@ def result(folder: RunFolder) -> None:
     counts = values["parameters"]
     share = f"{counts['share']:.2%} ({counts['trainable']:,} of {counts['total']:,} parameters)"
     console.print(f"{'trainable':<11}{share}", highlight=False)
+    if "pruning" in values:
+        _pruned(console, values["pruning"])
     if folder.gate_values.is_file():
         console.print()
         gates(gate_table(folder.path), brief=True)
     for note in folder.read("data")["notes"]:
         console.print(Text(f"· {note}"), soft_wrap=True)
     console.print(f"\n{'run':<11}{folder.path}", highlight=False, soft_wrap=True)
+
+
+def _pruned(console: Console, found: Mapping[str, Any]) -> None:
+    """Prints what went while a model learned."""
+    (before, after), (most, left) = found["methods"], found["parameters"]
+    console.print(f"{'pruned':<11}{before} → {after} methods, {most:,} → {left:,} parameters", highlight=False)
+    for entry in found["rounds"]:
+        gone = ", ".join(f"{one['kind']} in block {one['block']}" for one in entry["gone"])
+        if gone:
+            console.print(f"{'':<11}step {entry['step']}: {gone}", highlight=False, soft_wrap=True)
 
 
 def _scores(values: Mapping[str, float]) -> str:

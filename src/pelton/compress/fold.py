@@ -20,7 +20,6 @@ from peft import get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from pelton.compress.prune import static_values
 from pelton.compress.steps import adapter_of
 from pelton.errors import AdapterError
 from pelton.methods import MethodSpec, Prefix, PrefixPart
@@ -28,6 +27,7 @@ from pelton.tuner.attention import Projection
 from pelton.tuner.block import gate_of
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.controls import tuners
+from pelton.tuner.cut import static_values
 from pelton.tuner.merge import check_layers, check_static, check_untied, fold_block
 from pelton.tuner.model import PeltonModel
 from pelton.tuner.recast import adapter_tensors, recast, with_changes

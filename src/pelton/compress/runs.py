@@ -20,7 +20,7 @@ from pelton.compress.fold import fold
 from pelton.compress.freeze import Statistic, freeze_gates
 from pelton.compress.importance import leave_one_out, taylor
 from pelton.compress.over import BlockValues
-from pelton.compress.prune import Entry, prune
+from pelton.compress.prune import prune
 from pelton.compress.shrink import shrink
 from pelton.compress.steps import adapter_of, revive
 from pelton.errors import AdapterError, TrainingError
@@ -29,6 +29,7 @@ from pelton.tasks.load import Loaded, load_task
 from pelton.training.backbone import quiet
 from pelton.training.fit import record_run_gates
 from pelton.training.run import Run
+from pelton.tuner.cut import Entry
 from pelton.tuner.model import PeltonModel
 
 By = Literal["gate", "taylor", "leave-one-out", "contribution"]

@@ -82,7 +82,8 @@ def revive(model: nn.Module, *, adapter: str | None = None, last: bool = False) 
     tuner, name = adapter_of(model, adapter)
     steps = list(tuner.peft_config[name].steps)
     if not steps:
-        raise AdapterError(f"Adapter {name!r} has nothing to bring back: no pass has made it smaller.")
+        learned = "; what went in training was not kept" if tuner.peft_config[name].pruned else ""
+        raise AdapterError(f"Adapter {name!r} has nothing to bring back: no pass has made it smaller{learned}.")
     tensors = adapter_tensors(tuner, name)
     undone: list[str] = []
     while steps and not (last and undone):

@@ -10,6 +10,7 @@ batching        which examples come together, and in which order
 optimizer       parameter groups: gates, methods, head and backbone; `depth` of each parameter
 losses          class weights, focal loss, label smoothing; `anchor` is L2-SP
 callbacks       progress bar, history, stopping between two steps
+pruning         methods that go while training goes on; `contributions` weighs them
 gate_callbacks  warm-up, penalties and temperature of gates
 trackers        TensorBoard, Weights & Biases, MLflow, with histograms of gates
 trainer         transformers' Trainer with all that, that stops on a loss which is no number

@@ -1,4 +1,4 @@
-"""What each method contributes while a model learns: gate value × gradient norm, over a window of the last steps.
+"""What each method contributes while a model learns: gate value × gradient norm, over a window of steps.
 
 A method whose gate is open but whose weights get no gradient has nothing left to learn, and one behind a closed gate
 does nothing: the product asks for both. In each block the products of a step are divided by their sum, so that 0.05 is
@@ -24,57 +24,114 @@ from pelton.tuner.controls import gated_blocks
 NAME = "contributions"
 
 
+class Meter:
+    """Sees the gates of the active adapter open, and multiplies them with the gradients of its methods.
+
+    Attributes:
+        places: The methods that are measured: block number and kind.
+    """
+
+    def __init__(self) -> None:
+        """Watches nothing yet."""
+        self.seen: dict[int, tuple[Tensor, int]] = {}
+        self.handles: list[RemovableHandle] = []
+        self.blocks: list[GatedBlock] = []
+        self.watched: list[Gate] = []
+        self.places: list[tuple[int, str]] = []
+        self.adapter = ""
+
+    def follow(self, model: nn.Module) -> bool:
+        """Watches the gates that a model has now; tells whether they are others than before."""
+        blocks = gated_blocks(model)
+        adapter = blocks[0].adapters_at_work[0]
+        blocks = [block for block in blocks if adapter in block.wirings]
+        gates = [gate_of(block, adapter) for block in blocks]
+        if len(gates) == len(self.watched) and all(a is b for a, b in zip(gates, self.watched, strict=True)):
+            return False
+        self.stop()
+        self.adapter, self.blocks, self.watched = adapter, blocks, gates
+        self.places = [(block.block.index, spec.kind) for block in blocks for spec in block.wirings[adapter].methods]
+        self.handles = [gate.register_forward_hook(partial(self._see, n)) for n, gate in enumerate(gates)]
+        return True
+
+    def stop(self) -> None:
+        """Stops watching."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles, self.watched, self.seen = [], [], {}
+
+    def _see(self, number: int, gate: Gate, args: tuple[Any, ...], values: Tensor) -> None:
+        if torch.is_grad_enabled():
+            total, count = self.seen.get(number, (0.0, 0))
+            self.seen[number] = (total + _mean(gate, values.detach(), args[1]), count + 1)
+
+    def measure(self) -> list[Tensor]:
+        """Returns the products of a step for each block, [methods], and forgets the gates that it saw.
+
+        Call it when the gradients of a step are complete. Gate values are averaged over accumulated batches.
+        """
+        rows = []
+        for number, block in enumerate(self.blocks):
+            wiring = block.wirings[self.adapter]
+            norms = torch.stack([_norm(block, self.adapter, spec.kind) for spec in wiring.methods])
+            total, count = self.seen.get(number, (None, 0))
+            rows.append(norms * 0 if total is None else norms * (total / count)[list(wiring.numbers)])
+        self.seen = {}
+        return rows
+
+
+def share(products: Tensor) -> Tensor:
+    """Divides products by their sum; where that is 0 they stay 0."""
+    return products / products.sum().clamp_min(torch.finfo(products.dtype).tiny)
+
+
 class Contributions(TrainerCallback):  # type: ignore[misc]
     """Notes every step, on the device, and writes `contributions.json` when training ends.
 
-    A resumed run's window begins anew.
+    The window begins anew in a resumed run, and when methods go.
     """
 
     def __init__(self, folder: RunFolder, window: int) -> None:
         """Keeps the last `window` steps."""
         self.folder = folder
         self.steps: deque[Tensor] = deque(maxlen=window)
-        self.seen: dict[int, Tensor] = {}
-        self.handles: list[RemovableHandle] = []
-        self.blocks: list[GatedBlock] = []
-        self.adapter = ""
+        self.meter = Meter()
 
-    def on_train_begin(
+    def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
     ) -> None:
-        """Begins to watch the gates of the active adapter."""
-        blocks = gated_blocks(model)
-        self.adapter = blocks[0].adapters_at_work[0]
-        self.blocks = [block for block in blocks if self.adapter in block.wirings]
-        for number, block in enumerate(self.blocks):
-            gate = gate_of(block, self.adapter)
-            self.handles.append(gate.register_forward_hook(partial(self._see, number)))
-
-    def _see(self, number: int, gate: Gate, args: tuple[Any, ...], values: Tensor) -> None:
-        if torch.is_grad_enabled():
-            self.seen[number] = values.detach().flatten(0, -2).mean(dim=0)  # [M]
+        """Watches the gates that are there."""
+        if self.meter.follow(model):
+            self.steps.clear()
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Notes the products of a step, [methods of all blocks]."""
-        rows = []
-        for number, block in enumerate(self.blocks):
-            wiring = block.wirings[self.adapter]
-            norms = torch.stack([_norm(block, self.adapter, spec.kind) for spec in wiring.methods])
-            gates = self.seen[number][list(wiring.numbers)] if number in self.seen else torch.zeros_like(norms)
-            products = gates * norms
-            rows.append(products / products.sum().clamp_min(torch.finfo(products.dtype).tiny))
-        self.steps.append(torch.cat(rows))
+        """Notes the shares of a step, [methods of all blocks]."""
+        self.steps.append(torch.cat([share(products) for products in self.meter.measure()]))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stops watching, and writes the means over the window by block number and kind."""
-        for handle in self.handles:
-            handle.remove()
         if self.steps:
-            means = iter(torch.stack(list(self.steps)).mean(dim=0).tolist())
-            kinds = {str(b.block.index): [spec.kind for spec in b.wirings[self.adapter].methods] for b in self.blocks}
-            self.folder.write(NAME, {index: {kind: next(means) for kind in row} for index, row in kinds.items()})
+            means = torch.stack(list(self.steps)).mean(dim=0).tolist()
+            self.folder.write(NAME, by_block(self.meter.places, means))
+        self.meter.stop()
+
+
+def by_block(places: list[tuple[int, str]], values: list[float]) -> dict[str, dict[str, float]]:
+    """Returns numbers by block number, as text, and kind."""
+    found: dict[str, dict[str, float]] = {}
+    for (index, kind), value in zip(places, values, strict=True):
+        found.setdefault(str(index), {})[kind] = value
+    return found
+
+
+def _mean(gate: Gate, values: Tensor, mask: Tensor | None) -> Tensor:
+    """Averages gate values [B or 1, T or 1, M] over everything but padding, [M]."""
+    if gate.granularity == "token" and mask is not None:
+        weights = mask.expand(values.shape[:2]).to(values.dtype)[..., None]
+        return (values * weights).sum(dim=(0, 1)) / weights.sum().clamp_min(1.0)
+    return values.flatten(0, -2).mean(dim=0)
 
 
 def _norm(block: GatedBlock, adapter: str, kind: str) -> Tensor:

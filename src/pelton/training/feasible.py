@@ -22,6 +22,7 @@ OF_ADAPTERS = (
     "gate_temperature_end",
     "penalty",
     "contribution_window",
+    "pruning",
 )
 """What only methods and gates have."""
 

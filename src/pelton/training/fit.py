@@ -200,6 +200,8 @@ def _save(run: Run, trainer: GatedTrainer, examples: int | None, seconds: float)
         "train_seconds": round(seconds, 1),
         "parameters": {"trainable": trainable, "total": total, "share": trainable / total},
     }
+    if trainer.pruner is not None:
+        values["pruning"] = trainer.pruner.told(trainer.state.log_history)
     run.folder.write("metrics", values)
     run.folder.set_phase("trained")
     wait_for_main_process()

@@ -46,6 +46,11 @@ def wait_for_main_process() -> None:
     _processes().wait_for_everyone()
 
 
+def count_processes() -> int:
+    """Returns how many processes share a run."""
+    return int(_processes().num_processes)
+
+
 def _processes() -> PartialState:
     """Returns what accelerate knows of the processes; without an accelerator it must be told that they meet on CPUs."""
     import torch  # here, since who only reads a run's files needs neither

@@ -19,6 +19,7 @@ from pelton.tasks.load import Loaded, load_task
 from pelton.training.backbone import adapter_config, attach, freeze, load_backbone, load_processor, locate
 from pelton.training.feasible import require_adapter, require_objective, require_trackers
 from pelton.training.features import require_streamable
+from pelton.training.pruning import require_prunable
 from pelton.training.recipe import Recipe, TrainingSettings
 from pelton.training.unfrozen import unfreeze
 from pelton.tuner.controls import tuners
@@ -60,6 +61,8 @@ def prepare(recipe: Recipe) -> Prepared:
         model = attach(model, config, new, data.task.peft_type)
         if recipe.training.train_backbone:
             unfreeze(model)
+        if recipe.training.pruning is not None:
+            require_prunable(recipe.training.pruning, model)
     elif recipe.adapter is not None:
         model = freeze(model, new)
     return Prepared(recipe, data, processor, model)

@@ -14,6 +14,7 @@ from pelton.training.sections import (
     Count,
     LossSettings,
     PenaltySettings,
+    PruningSettings,
     Rate,
     Section,
     Steps,
@@ -83,6 +84,7 @@ class TrainingSettings(Section):
         penalty: See `PenaltySettings`.
         contribution_window: Steps over which each method's gate value × gradient norm is averaged, for `pelton prune
             --by contribution` afterwards; nothing is noted when not given.
+        pruning: See `PruningSettings`; nothing goes in training when not given.
         evaluate_every: Steps between two evaluations and checkpoints; an epoch when not given.
         early_stopping_patience: Evaluations without a better score after which training ends; never when not given.
         early_stopping_min_delta: By how much a score must be better to count.
@@ -121,6 +123,7 @@ class TrainingSettings(Section):
     gate_temperature_end: Rate | None = None
     penalty: PenaltySettings = PenaltySettings()
     contribution_window: Count | None = None
+    pruning: PruningSettings | None = None
     evaluate_every: Count | None = None
     early_stopping_patience: Count | None = None
     early_stopping_min_delta: Weight = 0.0
@@ -215,6 +218,7 @@ class Recipe(Section):
             "gate_temperature_end",
             "gate_warmup_steps",
             "contribution_window",
+            "pruning",
         )
         lost = [key for key in (*gated, "penalty") if getattr(training, key) != default_of(key)]
         if lost and self.adapter is None:

@@ -1,7 +1,8 @@
-"""The nested parts of a recipe's training section: loss, batches, penalties."""
+"""The nested parts of a recipe's training section: loss, batches, penalties, pruning."""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -95,3 +96,45 @@ class PenaltySettings(Section):
             return 0.0
         done = min(1.0, (step - self.warmup_steps) / max(1, last - self.warmup_steps))
         return {"constant": 1.0, "linear_up": done, "linear_down": 1.0 - done}[self.schedule]
+
+
+class PruningSettings(Section):
+    """Methods that leave their blocks while training goes on.
+
+    One of `keep`, `threshold` and `budget_params` says how many; see `training/pruning.py` for when.
+
+    Attributes:
+        keep: So many methods are left in the end, over all blocks.
+        threshold: Methods go whose share of their block's contributions (gate value × gradient norm) is below this.
+        budget_params: So many parameters of methods are left in the end.
+        start: The share of training after which contributions are measured; the first round is a while later.
+        end: The share of training at which the last round is; only later checkpoints can be the best.
+        rounds: In how many rounds methods go, at equal distances.
+    """
+
+    keep: Count | None = None
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    budget_params: Count | None = None
+    start: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.3
+    end: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    rounds: Count = 8
+
+    @model_validator(mode="after")
+    def _one_goal_and_some_time(self) -> Self:
+        goals = [key for key in ("keep", "threshold", "budget_params") if getattr(self, key) is not None]
+        if len(goals) != 1:
+            given = " and ".join(goals) or "none"
+            raise ValueError(f"say in one way what is to go: keep, threshold or budget_params, but got {given}")
+        if self.start >= self.end:
+            raise ValueError(f"start < end must hold, but got start={self.start}, end={self.end}")
+        return self
+
+    def start_of(self, steps: int) -> int:
+        """Returns how many of a training's optimiser steps are done when measuring begins; at least one is left."""
+        return min(round(self.start * steps), steps - 1)
+
+    def rounds_of(self, steps: int) -> list[int]:
+        """Returns the steps after which methods go; fewer rounds than asked for where there are fewer steps."""
+        first = self.start_of(steps)
+        span = max(1, round(self.end * steps) - first)
+        return sorted({first + math.ceil(span * number / self.rounds) for number in range(1, self.rounds + 1)})

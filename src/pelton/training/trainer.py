@@ -20,6 +20,7 @@ from pelton.training.batching import EachEpoch, TokenBatches, make_sampler
 from pelton.training.folder import RunFolder
 from pelton.training.losses import make_loss
 from pelton.training.optimizer import make_optimizer, parameter_groups, trained_groups
+from pelton.training.pruning import Pruner
 from pelton.training.recipe import TrainingSettings
 from pelton.training.trackers import log_into
 from pelton.training.unfrozen import load_weights, save_weights
@@ -75,6 +76,9 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         self.sampler = make_sampler(settings, self.train_dataset, targets, self.accelerator.num_processes)
         if self.sampler is not None:
             self.add_callback(EachEpoch(self.sampler.generator, settings.seed))
+        self.pruner = None if settings.pruning is None else Pruner(settings.pruning, self.model, self.note)
+        if self.pruner is not None:
+            self.add_callback(self.pruner)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes AdamW over the groups of `parameter_groups`."""
@@ -131,9 +135,13 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         super()._save(output_dir, state_dict)
         if self.settings.train_backbone and self.args.should_save:
             save_weights(self.model, Path(output_dir or self.args.output_dir))
+        if self.pruner is not None and self.args.should_save:
+            self.pruner.save(Path(output_dir or self.args.output_dir))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Reads a checkpoint's weights, likewise."""
+        if self.pruner is not None:  # what is gone has no place in the weights, nor in the optimizer's state
+            self.pruner.restore(Path(resume_from_checkpoint), self.create_optimizer())
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         if self.settings.train_backbone:
             load_weights(self.model, Path(resume_from_checkpoint))
@@ -143,6 +151,21 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         super()._load_best_model()
         if self.settings.train_backbone:
             load_weights(self.model, Path(str(self.state.best_model_checkpoint)))
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        """Lets no checkpoint be the best before the last methods are gone: what is kept is what was asked for."""
+        if self.pruner is not None and not self.pruner.done(self.state.global_step):
+            return False
+        return bool(super()._determine_best_metric(metrics, trial))
+
+    def note(self, entry: dict[str, Any]) -> None:
+        """Adds an entry to the history; its numbers go to the trackers, too."""
+        step = {"epoch": self.state.epoch, "step": self.state.global_step}
+        self.state.log_history.append({**entry, **step})
+        numbers = {key: value for key, value in entry.items() if isinstance(value, int | float)}
+        wanted = self.control.should_log
+        self.control = self.callback_handler.on_log(self.args, self.state, self.control, numbers)
+        self.control.should_log = wanted
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
