@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from pelton.export.peft import from_peft, to_peft
     from pelton.gates import FixedGate, FrozenGate, LinearGate, MLPGate, ScalarGate, register_gate
     from pelton.gates.recording import GateLog, record_gates
+    from pelton.insight.drift import GateDrift, gate_drift
+    from pelton.insight.monitor import DriftMonitor
     from pelton.methods import IA3, BitFit, Bottleneck, LoRA, Prefix, register_method
     from pelton.tuner import (
         PeltonConfig,
@@ -49,6 +51,8 @@ _HOME = {
     "pelton.export.peft": ("from_peft", "to_peft"),
     "pelton.gates": ("FixedGate", "FrozenGate", "LinearGate", "MLPGate", "ScalarGate", "register_gate"),
     "pelton.gates.recording": ("GateLog", "record_gates"),
+    "pelton.insight.drift": ("GateDrift", "gate_drift"),
+    "pelton.insight.monitor": ("DriftMonitor",),
     "pelton.methods": ("IA3", "BitFit", "Bottleneck", "LoRA", "Prefix", "register_method"),
     "pelton.tuner": (
         "PeltonConfig",
@@ -66,8 +70,10 @@ __all__ = [
     "IA3",
     "BitFit",
     "Bottleneck",
+    "DriftMonitor",
     "FixedGate",
     "FrozenGate",
+    "GateDrift",
     "GateLog",
     "LinearGate",
     "LoRA",
@@ -82,6 +88,7 @@ __all__ = [
     "fold",
     "freeze_gates",
     "from_peft",
+    "gate_drift",
     "gate_penalty",
     "gate_summary",
     "gated_blocks",

@@ -11,6 +11,7 @@ import typer
 from pelton.cli import compress
 from pelton.cli.bench import bench
 from pelton.cli.data import data as data_commands
+from pelton.cli.drift import drift
 from pelton.version import __version__
 
 app = typer.Typer(
@@ -143,6 +144,7 @@ app.command()(compress.revive)
 app.command()(compress.fold)
 app.command()(compress.combine)
 app.command()(compress.convert)
+app.command()(drift)
 app.command()(bench)
 app.add_typer(data_commands, name="data")
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pelton.anatomy import Anatomy, Block
     from pelton.compress.runs import Change
+    from pelton.insight.drift import GateDrift
     from pelton.training.folder import RunFolder
 
 # viridis from 0 to 1, as in the picture.
@@ -93,6 +94,28 @@ def change(found: Change) -> None:
     for entry in found.gone:
         what = f"{entry.parameters:,} parameters, importance {entry.importance:.3g}"
         console.print(f"{'gone':<11}{entry.kind} in block {entry.block} ({what})", highlight=False, soft_wrap=True)
+
+
+def drift(found: GateDrift) -> None:
+    """Prints how far each gate has moved, the level, and what is due."""
+    grid = Table(box=None, padding=(0, 1))
+    for name in ("block", "method"):
+        grid.add_column(name)
+    for name in ("then", "now", "PSI", "KS", "p"):
+        grid.add_column(name, justify="right")
+    grid.add_column("level")
+    colours = {"stable": "", "watch": "yellow", "act": "red"}
+    for row in found.table.to_dict("records"):
+        method = f"{row['method']} (pruned)" if row["pruned"] else str(row["method"])
+        numbers = [f"{row[name]:.2f}" for name in ("reference", "live", "psi", "ks")]
+        level = Text(str(row["level"]) if found.level != "unknown" else "–", style=colours[str(row["level"])])
+        grid.add_row(str(row["block"]), method, *numbers, f"{row['p']:.2g}", level)
+    console = Console()
+    console.print(grid)
+    before, now = found.examples
+    console.print(f"\n{'examples':<11}{before:,} then, {now:,} now", highlight=False)
+    console.print(f"{'level':<11}{found.level}", highlight=False)
+    console.print(found.says, highlight=False, soft_wrap=True)
 
 
 def predictions(found: Iterable[Any], output: Path | None) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -118,14 +118,29 @@ def record_gates(model: nn.Module) -> Iterator[GateLog]:
             model(**batch)
         log.to_frame().groupby(["block", "method"]).value.mean()
     """
-    log, calls = GateLog(), _Calls()
+    log = GateLog()
+    with listening(model, log):
+        yield log
+
+
+class Listener(Protocol):
+    """Whoever takes in gate values: a `GateLog`, or a monitor."""
+
+    def add(self, name: str, call: int, gate: Gate, values: Tensor, mask: Tensor | None) -> None:
+        """Takes in the values of one gate in one forward; see `GateLog.add`."""
+
+
+@contextmanager
+def listening(model: nn.Module, listener: Listener) -> Iterator[None]:
+    """Tells a listener of every gate that opens inside the context; the hooks remove themselves."""
+    calls = _Calls()
     gates = [(name, module) for name, module in model.named_modules() if isinstance(module, Gate)]
-    handles = [gate.register_forward_hook(partial(_note, log, calls, name)) for name, gate in gates]
+    handles = [gate.register_forward_hook(partial(_note, listener, calls, name)) for name, gate in gates]
     for module in _around(model, [name for name, _ in gates]):
         handles.append(module.register_forward_pre_hook(calls.enter))
         handles.append(module.register_forward_hook(calls.leave, always_call=True))
     try:
-        yield log
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -156,7 +171,7 @@ def _around(model: nn.Module, names: list[str]) -> list[nn.Module]:
     return [model, *(model.get_submodule(parent) for parent in sorted(parents))]
 
 
-def _note(log: GateLog, calls: _Calls, name: str, gate: Gate, args: tuple[Any, ...], values: Tensor) -> None:
+def _note(listener: Listener, calls: _Calls, name: str, gate: Gate, args: tuple[Any, ...], values: Tensor) -> None:
     if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
-        log.add(name, calls.count[name], gate, values, args[1])
+        listener.add(name, calls.count[name], gate, values, args[1])
         calls.count[name] += 1

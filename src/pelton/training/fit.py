@@ -8,8 +8,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
 from peft import PeftModel
 from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainerCallback
@@ -229,11 +231,17 @@ def _finish(run: Run, data: Loaded) -> Run:
 def record_run_gates(run: Run, examples: Examples) -> None:
     """Writes gate values on the first examples, and their means by block."""
     features = run.task.judged(examples.take(range(min(len(examples), GATE_EXAMPLES))), run.processor)
+    frame = gate_frame(run, features)
+    frame.to_parquet(run.folder.gate_values, index=False)
+    run.folder.write("gates", json.loads(gate_summary(run.model, frame).to_json(orient="records")))
+
+
+def gate_frame(run: Run, features: Any) -> pd.DataFrame:
+    """Returns the gate values of a run's model on features, by block, method and example; see `GateLog.to_frame`."""
     with record_gates(run.model) as log:
         run.forward(features)
     frame = log.to_frame()
     if "example" in features.column_names:  # the log counts features
         of, seen = np.asarray(features["example"]), frame["example"] >= 0
         frame.loc[seen, "example"] = of[frame.loc[seen, "example"]]
-    frame.to_parquet(run.folder.gate_values, index=False)
-    run.folder.write("gates", json.loads(gate_summary(run.model, frame).to_json(orient="records")))
+    return frame

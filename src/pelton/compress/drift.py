@@ -1,0 +1,66 @@
+"""The drift of a run's gates: new examples against those that the run's gates were recorded on.
+
+A run whose gates were frozen is revived in memory: the gates that it had before are compared, on both sides, and the
+folder stays as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from pelton.compress.steps import adapter_of, revive
+from pelton.errors import DataError
+from pelton.insight.drift import GateDrift, gate_drift
+from pelton.insight.monitor import names_of, revivable
+from pelton.tasks.base import Task
+from pelton.tasks.load import load_task
+from pelton.tasks.tables import read_table
+from pelton.training.fit import GATE_EXAMPLES, gate_frame
+from pelton.training.run import Run
+
+
+def drift_run(
+    path: Path, data: Path | None = None, *, texts: Sequence[str] = (), pairs: Sequence[str] | None = None
+) -> GateDrift:
+    """Compares a run's gates on new examples with those that it recorded when it was trained, or changed last.
+
+    Args:
+        path: The run's folder; it stays as it is.
+        data: A file with the task's columns; labels are not needed, except where the model reads its targets.
+        texts: Instead of a file.
+        pairs: The second of each pair of texts.
+
+    Raises:
+        TrainingError: the folder is no finished run.
+        DataError: the examples are not those of the task.
+        AdapterError: the run has no adapter, or its gates were always constant.
+    """
+    run = Run.load(path)
+    tuner, adapter = adapter_of(run.model, None)
+    features = _features(run, data, texts, pairs)
+    pruned = revivable(tuner.peft_config[adapter])
+    if tuner.peft_config[adapter].gate_spec.static and tuner.peft_config[adapter].steps:
+        revive(run.model)
+        known = load_task(run.recipe.task, run.recipe.training.seed).some()
+        known = known.take(range(min(len(known), GATE_EXAMPLES)))
+        reference = gate_frame(run, run.task.judged(known, run.processor))
+    else:
+        reference = pd.read_parquet(run.folder.gate_values)
+    return gate_drift(reference, gate_frame(run, features), pruned=names_of(tuner, pruned))
+
+
+def _features(run: Run, data: Path | None, texts: Sequence[str], pairs: Sequence[str] | None) -> Any:
+    """Encodes new examples as the reference was encoded: with targets where the task's judging reads them."""
+    task = run.task
+    if type(task).judged is Task.judged:
+        inputs = task.from_texts(texts, pairs) if data is None else task.check_inputs(read_table(data))
+        return task.encode(inputs, run.processor)
+    if data is None:
+        raise DataError(
+            f"{task.settings.kind} reads its targets, and so do the gates. Give a file with texts and targets: --data."
+        )
+    return task.judged(task.check(read_table(data)), run.processor)
