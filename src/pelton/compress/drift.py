@@ -19,7 +19,7 @@ from pelton.insight.monitor import names_of, revivable
 from pelton.tasks.base import Task
 from pelton.tasks.load import load_task
 from pelton.tasks.tables import read_table
-from pelton.training.fit import GATE_EXAMPLES, gate_frame
+from pelton.training.fit import gate_frame, spread
 from pelton.training.run import Run
 
 
@@ -45,8 +45,7 @@ def drift_run(
     pruned = revivable(tuner.peft_config[adapter])
     if tuner.peft_config[adapter].gate_spec.static and tuner.peft_config[adapter].steps:
         revive(run.model)
-        known = load_task(run.recipe.task, run.recipe.training.seed).some()
-        known = known.take(range(min(len(known), GATE_EXAMPLES)))
+        known = spread(load_task(run.recipe.task, run.recipe.training.seed).some())
         reference = gate_frame(run, run.task.judged(known, run.processor))
     else:
         reference = pd.read_parquet(run.folder.gate_values)

@@ -17,9 +17,9 @@ Tokens of one text are not independent, so token gates are averaged within each 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, cast
 
 import numpy as np
 import pandas as pd
@@ -104,7 +104,7 @@ def samples_of(values: pd.DataFrame | GateLog) -> Samples:
         raise constant()
     means = frame.groupby(["index", "block", "method", "example"], sort=False, observed=True)["value"].mean()
     places = means.groupby(level=["index", "block", "method"], sort=False, observed=True)
-    return {(int(index), str(block), str(kind)): some.to_numpy(float) for (index, block, kind), some in places}
+    return {cast(Place, place): some.to_numpy(float) for place, some in places}
 
 
 def constant() -> AdapterError:
@@ -127,32 +127,35 @@ def compare(reference: Samples, live: Samples, pruned: Collection[tuple[str, str
             f"The reference has {len(reference)} gates and the live values {len(here)}, not the same ones. Record both "
             "with the same adapter, as it is now."
         )
+    tests = {place: ks_2samp(before, here[place[0], place[2]], method="asymp") for place, before in reference.items()}
+    corrected = false_discovery_control([float(test.pvalue) for test in tests.values()])
     rows = []
-    for (index, block, method), before in reference.items():
-        now = here[index, method]
-        ks = ks_2samp(before, now, method="asymp")
+    for (place, test), p in zip(tests.items(), corrected, strict=True):
+        (index, block, method), before, now = place, reference[place], here[place[0], place[2]]
         gone = any(method == kind and f".{block}".endswith(f".{name}") for name, kind in pruned)
-        rows.append(
-            {
-                "index": index,
-                "block": block,
-                "method": method,
-                "pruned": gone,
-                "reference": before.mean(),
-                "live": now.mean(),
-                "psi": psi(before, now),
-                "ks": float(ks.statistic),
-                "p": float(ks.pvalue),
-            }
-        )
-    table = pd.DataFrame(rows)
-    table["p"] = false_discovery_control(table["p"])
-    table["level"] = [_level(row.psi, row.p) for row in table.itertuples()]
+        moved, means = psi(before, now), (float(before.mean()), float(now.mean()))
+        rows.append(_Row(index, block, method, gone, *means, moved, float(test.statistic), float(p), _level(moved, p)))
     examples = min(map(len, reference.values())), min(map(len, live.values()))
-    level = max(table["level"], key=LEVELS.index) if min(examples) >= ENOUGH else "unknown"
-    moved = table[table["pruned"] & (table["level"] != "stable") & (table["live"] > table["reference"])]
-    opened = tuple(zip(moved["block"], moved["method"], strict=True)) if level != "unknown" else ()
-    return GateDrift(table, level, examples, opened, _say(table, level, examples, opened))
+    level = max((row.level for row in rows), key=LEVELS.index) if min(examples) >= ENOUGH else "unknown"
+    opened = tuple((r.block, r.method) for r in rows if r.pruned and r.level != "stable" and r.live > r.reference)
+    opened = opened if level != "unknown" else ()
+    return GateDrift(pd.DataFrame(map(asdict, rows)), level, examples, opened, _say(rows, level, examples, opened))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What is known of one gate: a row of `GateDrift.table`."""
+
+    index: int
+    block: str
+    method: str
+    pruned: bool
+    reference: float
+    live: float
+    psi: float
+    ks: float
+    p: float
+    level: Level
 
 
 def psi(reference: ArrayLike, live: ArrayLike, bins: int = BINS) -> float:
@@ -173,7 +176,7 @@ def _level(index: float, p: float) -> Level:
     return "act" if index >= ACT else "watch"
 
 
-def _say(table: pd.DataFrame, level: Level, examples: tuple[int, int], opened: tuple[tuple[str, str], ...]) -> str:
+def _say(rows: Sequence[_Row], level: Level, examples: tuple[int, int], opened: Sequence[tuple[str, str]]) -> str:
     if level == "unknown":
         return (
             f"Too few examples to say: {examples[1]:,} live ones and {examples[0]:,} of reference, where {ENOUGH} of "
@@ -181,9 +184,9 @@ def _say(table: pd.DataFrame, level: Level, examples: tuple[int, int], opened: t
         )
     if level == "stable":
         return "The gates open as they did: nothing is due."
-    moved = table[table["level"] != "stable"]
-    most = moved.loc[moved["psi"].idxmax()]
-    found = f"{len(moved)} of {len(table)} gates have moved, most of all {most.method} in {most.block}"
+    moved = [row for row in rows if row.level != "stable"]
+    most = max(moved, key=lambda row: row.psi)
+    found = f"{len(moved)} of {len(rows)} gates have moved, most of all {most.method} in {most.block}"
     found = f"{found} (PSI {most.psi:.2f})."
     if level == "watch":
         return f"{found} That is little: compare again with more, or newer, examples before acting."

@@ -229,11 +229,16 @@ def _finish(run: Run, data: Loaded) -> Run:
 
 
 def record_run_gates(run: Run, examples: Examples) -> None:
-    """Writes gate values on the first examples, and their means by block."""
-    features = run.task.judged(examples.take(range(min(len(examples), GATE_EXAMPLES))), run.processor)
-    frame = gate_frame(run, features)
+    """Writes gate values on some of the examples, and their means by block."""
+    frame = gate_frame(run, run.task.judged(spread(examples), run.processor))
     frame.to_parquet(run.folder.gate_values, index=False)
     run.folder.write("gates", json.loads(gate_summary(run.model, frame).to_json(orient="records")))
+
+
+def spread(examples: Examples) -> Examples:
+    """Returns examples at equal distances, since files are often sorted by class: all kinds are among them."""
+    count = min(len(examples), GATE_EXAMPLES)
+    return examples.take([row * len(examples) // count for row in range(count)])
 
 
 def gate_frame(run: Run, features: Any) -> pd.DataFrame:

@@ -40,6 +40,8 @@ CHECKPOINTING = next(
 class GatedTrainer(Trainer):  # type: ignore[misc]
     """A Trainer for a Pelton adapter, or for the whole backbone."""
 
+    control: Any
+
     def __init__(
         self,
         settings: TrainingSettings,
@@ -175,7 +177,7 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
             raise TrainingError("There are no validation rows to evaluate on. Raise task.validation_fraction.")
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.judge().items()}
         self.log(metrics)
-        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
