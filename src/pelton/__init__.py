@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pelton.insight.monitor import DriftMonitor
     from pelton.methods import IA3, BitFit, Bottleneck, LoRA, Prefix, register_method
     from pelton.tuner import (
+        Peft,
         PeltonConfig,
         gate_penalty,
         gate_summary,
@@ -55,6 +56,7 @@ _HOME = {
     "pelton.insight.monitor": ("DriftMonitor",),
     "pelton.methods": ("IA3", "BitFit", "Bottleneck", "LoRA", "Prefix", "register_method"),
     "pelton.tuner": (
+        "Peft",
         "PeltonConfig",
         "gate_penalty",
         "gate_summary",
@@ -78,6 +80,7 @@ __all__ = [
     "LinearGate",
     "LoRA",
     "MLPGate",
+    "Peft",
     "PeltonConfig",
     "PeltonError",
     "Prefix",

@@ -6,6 +6,7 @@ Letters: B batch, T tokens, D hidden, I / O the in and out features of a linear 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import ClassVar, Literal, Self
 
 import torch
@@ -57,6 +58,14 @@ class Part(nn.Module):
             gate: gate values, float32, broadcastable to [B, T, 1].
         """
         raise NotImplementedError
+
+    def bind(self, layer: nn.Module, rows: slice) -> None:
+        """Lets the part see the layer that it edits, before either is used; most parts have no need to.
+
+        Args:
+            layer: the backbone's.
+            rows: those of its output that are the part's.
+        """
 
     def fold(self, weight: Tensor, bias: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns weight [O, I] and bias [O] of the layer that equals layer and part at a constant gate value."""
@@ -113,6 +122,14 @@ class MethodSpec(Spec):
     def build(self, shape: Shape) -> nn.Module:
         """Makes the trainable part for one place: a `Part`, or at `attn` a `PrefixPart`."""
         raise NotImplementedError
+
+    def share(self, shapes: Sequence[Shape], parts: Sequence[nn.Module]) -> None:
+        """Gives the parts of one adapter what they have in common; most methods' have nothing.
+
+        Args:
+            shapes: of all places of the method in the backbone, also of those that were pruned.
+            parts: those that were built.
+        """
 
 
 METHODS: Registry[MethodSpec] = Registry("method", MethodSpec)

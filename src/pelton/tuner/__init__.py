@@ -5,6 +5,7 @@ from pelton.tuner.config import PeltonConfig
 from pelton.tuner.controls import gate_penalty, gated_blocks, set_methods, set_stage, set_temperature
 from pelton.tuner.initialize import initialize_from_gradients
 from pelton.tuner.model import PeltonModel
+from pelton.tuner.peft_methods import Peft
 from pelton.tuner.register import register
 from pelton.tuner.summary import gate_summary
 
@@ -12,6 +13,7 @@ register(PeltonConfig, PeltonModel)
 
 __all__ = [
     "GatedBlock",
+    "Peft",
     "PeltonConfig",
     "PeltonModel",
     "gate_penalty",

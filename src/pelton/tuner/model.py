@@ -25,7 +25,7 @@ from pelton.tuner.checkpoint import CheckpointKeys, check_folded, check_heads
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.merge import check_foldable, check_untied, fold_block
 from pelton.tuner.penalise import GatePenalty, attach_penalties
-from pelton.tuner.plan import BlockPlan, device_of, fingerprint, fitting_methods, make_plan
+from pelton.tuner.plan import BlockPlan, bind_parts, device_of, fingerprint, fitting_methods, make_plan
 from pelton.tuner.register import PREFIX
 from pelton.tuner.routing import routed_batch
 from pelton.tuner.taps import Taps
@@ -87,6 +87,7 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
             config.methods = fitting_methods(config, anatomy)  # saved so: the default may be another one by then
             with context:
                 plans = make_plan(config, anatomy)
+                bind_parts(plans, model)
             _check_names(list(self.peft_config), plans)
         except Exception:
             del self.peft_config[adapter_name]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
 from torch import nn
 
 from pelton.anatomy import Anatomy, Block
+from pelton.anatomy import Place as Site
 from pelton.errors import AdapterError, AnatomyError, SpecError
 from pelton.gates import Gate, Place
 from pelton.methods import MethodSpec, Part, PrefixPart
@@ -96,7 +98,31 @@ def make_plan(config: PeltonConfig, anatomy: Anatomy) -> list[BlockPlan]:
         methods = tuple(s for s in here if any(site in block.sites for site in s.sites))
         if any(m.kind not in config.pruned_from(block.index) for m in methods):
             plans.append(_plan_block(config, block, methods))
+    _share(config, anatomy, plans)
     return plans
+
+
+def bind_parts(plans: Sequence[BlockPlan], model: nn.Module) -> None:
+    """Lets every planned part see the layer that it will edit; the model is not touched.
+
+    Raises:
+        AdapterError: a layer that a method cannot work with.
+    """
+    for plan in plans:
+        block = model.get_submodule(plan.block.name)
+        for (path, _), edits in plan.wiring.edits.items():
+            for edit in edits:
+                part = cast(Part, plan.parts[edit.kind][edit.key])
+                part.bind(block.get_submodule(path), slice(edit.start, edit.stop))
+
+
+def _share(config: PeltonConfig, anatomy: Anatomy, plans: Sequence[BlockPlan]) -> None:
+    for spec in config.specs:
+        parts = [part for plan in plans for part in plan.parts.get(spec.kind, {}).values()]
+        here = [block for block in anatomy.blocks if spec.layers is None or block.index in spec.layers]
+        shapes = [s for block in here for site in spec.sites if site in block.sites for s in block.shapes(site)]
+        if parts:
+            spec.share(shapes, parts)
 
 
 def fingerprint(anatomy: Anatomy) -> dict[str, Any]:
@@ -176,6 +202,7 @@ def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, .
                 if isinstance(part, PrefixPart):
                     _check_prefix(part, gate)
                 elif isinstance(part, Part):
+                    _check_slice(part, spec.kind, site, place, block)
                     edit = Edit(spec.kind, number, key, place.start, place.stop, part.order)
                     edits[place.path, part.edits].append(edit)
                     if part.origin:
@@ -190,6 +217,14 @@ def _origin(block: Block, site: str) -> str:
     if site not in block.sites:
         raise AnatomyError(f"A parallel bottleneck reads the input of {site!r}, which {block.name!r} lacks.")
     return block.sites[site][0].path
+
+
+def _check_slice(part: Part, kind: str, site: str, place: Site, block: Block) -> None:
+    if part.edits == "input" and place.start is not None:
+        raise AnatomyError(
+            f"{kind!r} edits the input of its layer, but {site!r} of {block.name!r} is a slice of {place.path!r}, whose "
+            "other slices read that input too. Name other sites."
+        )
 
 
 def _check_prefix(part: PrefixPart, gate: Gate) -> None:

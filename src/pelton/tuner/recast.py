@@ -20,7 +20,7 @@ from pelton.gates.static import FixedGateModule
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.model import CHILD, PeltonModel
-from pelton.tuner.plan import BlockPlan, Wiring, device_of, make_plan
+from pelton.tuner.plan import BlockPlan, Wiring, bind_parts, device_of, make_plan
 from pelton.tuner.taps import Taps
 
 
@@ -50,6 +50,7 @@ def recast(tuner: PeltonModel, adapter: str, config: PeltonConfig, tensors: Mapp
         SpecError: as `get_peft_model` does; nothing is changed.
     """
     plans = {plan.block.name: plan for plan in make_plan(config, find_anatomy(tuner.model))}
+    bind_parts(list(plans.values()), tuner.model)
     learns = any(p.requires_grad for p in _parameters(tuner, adapter))
     _fill(tuner, plans, tensors, learns)
     before = {path: _Held.of(gated, adapter) for path, gated in tuner.named_blocks() if adapter in gated.wirings}
