@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from peft import LoHaConfig, LoraConfig, OFTConfig, get_peft_model
 from torch import Tensor
 
-from pelton import IA3, BitFit, Bottleneck, FixedGate, LinearGate, LoRA, MLPGate, PeltonConfig, Prefix, ScalarGate
+from pelton import IA3, BitFit, Bottleneck, FixedGate, LinearGate, LoRA, MLPGate, Peft, PeltonConfig, Prefix, ScalarGate
 from pelton.gates import GateSpec
 from pelton.methods import LINEAR_SITES, MethodSpec
 from zoo import Arch
@@ -22,6 +22,9 @@ METHODS: dict[str, MethodSpec] = {
     "prefix-token": Prefix(prefix_length=3, parametrisation="token", init_std=1.0),
     "ia3": IA3(sites=("attn.k", "attn.v", "ffn.in", "ffn.out")),
     "bitfit": BitFit(),
+    "loha": Peft(LoHaConfig(r=3, alpha=12), sites=LINEAR_SITES),
+    "dora": Peft(LoraConfig(r=3, use_dora=True), sites=LINEAR_SITES),
+    "oft": Peft(OFTConfig(oft_block_size=8), sites=("attn.out", "ffn.out")),
 }
 """One spec of every method and form; `arch_methods` gives those that an architecture takes."""
 

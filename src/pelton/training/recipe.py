@@ -146,6 +146,8 @@ class TrainingSettings(Section):
     @field_validator("method_learning_rates")
     @classmethod
     def _known_methods(cls, rates: dict[str, float]) -> dict[str, float]:
+        if any(kind not in METHODS for kind in rates):
+            import pelton.tuner  # noqa: F401 - brings the methods of PEFT, and PEFT: seconds that others need not wait
         for kind in rates:
             if kind not in METHODS:
                 guess = nearest(kind, METHODS)

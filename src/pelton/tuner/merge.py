@@ -14,7 +14,7 @@ from pelton.errors import AdapterError
 from pelton.gates import StaticGate
 from pelton.methods import METHODS, BitFit
 from pelton.tuner.block import GatedBlock
-from pelton.tuner.plan import Edit
+from pelton.tuner.plan import EDITS, Edit, Edits
 
 
 def check_foldable(gated: GatedBlock, block: nn.Module, adapters: Sequence[str]) -> None:
@@ -99,8 +99,8 @@ def fold_block(
         weight = layer.weight.detach().float().clone()
         weight = weight.t().contiguous() if flipped else weight
         bias: Tensor | None = None if layer.bias is None else layer.bias.detach().float().clone()
-        for name in adapters:
-            weight, bias = _fold_adapter(gated, path, name, weight, bias)
+        for name, edit in _in_order(gated, path, adapters):
+            weight, bias = _fold_edit(gated, name, edit, weight, bias)
         if check and not all(bool(torch.isfinite(t).all()) for t in (weight, bias) if t is not None):
             raise AdapterError(
                 f"Merging into {gated.block.name}.{path} gives values that are not finite; nothing merged."
@@ -110,16 +110,23 @@ def fold_block(
             yield layer.bias, bias
 
 
-def _fold_adapter(
-    gated: GatedBlock, path: str, name: str, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    if name not in gated.wirings:
-        return weight, bias
-    edits = gated.wirings[name].edits
-    for edit in (*edits.get((path, "output"), ()), *edits.get((path, "input"), ())):  # outputs read the edited input
-        if edit.kind not in gated.off and METHODS[edit.kind].foldable:
-            weight, bias = _fold_edit(gated, name, edit, weight, bias)
-    return weight, bias
+def _in_order(gated: GatedBlock, path: str, adapters: Sequence[str]) -> list[tuple[str, Edit]]:
+    """Returns the foldable edits of a layer with their adapters, in the order in which they go into its weight.
+
+    What edits the output reads the edited input, so inputs come last; and of those the one that is nearest to the
+    layer, which is applied last, comes first.
+    """
+    found: dict[Edits, list[tuple[str, Edit]]] = {
+        edits: [
+            (name, edit)
+            for name in adapters
+            if name in gated.wirings
+            for edit in gated.wirings[name].edits.get((path, edits), ())
+            if edit.kind not in gated.off and METHODS[edit.kind].foldable
+        ]
+        for edits in EDITS
+    }
+    return [*found["output"], *reversed(found["input"])]
 
 
 def _fold_edit(

@@ -19,6 +19,7 @@ from pelton.methods import MethodSpec, Part, PrefixPart
 from pelton.tuner.config import PeltonConfig
 
 Edits = Literal["input", "output"]
+EDITS: tuple[Edits, ...] = ("input", "output")
 
 
 @dataclasses.dataclass(frozen=True)
