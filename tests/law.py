@@ -2,16 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from peft import LoHaConfig, LoraConfig, OFTConfig, get_peft_model
+from peft import (
+    FourierFTConfig,
+    LoHaConfig,
+    LoKrConfig,
+    LoraConfig,
+    OFTConfig,
+    PeftConfig,
+    VeraConfig,
+    get_peft_model,
+)
 from torch import Tensor
 
 from pelton import IA3, BitFit, Bottleneck, FixedGate, LinearGate, LoRA, MLPGate, Peft, PeltonConfig, Prefix, ScalarGate
 from pelton.gates import GateSpec
 from pelton.methods import LINEAR_SITES, MethodSpec
 from zoo import Arch
+
+PEFT_METHODS: dict[str, Callable[[], PeftConfig]] = {
+    "loha": lambda: LoHaConfig(r=3, alpha=12),
+    "lokr": lambda: LoKrConfig(r=2, alpha=4, decompose_both=True),
+    "oft": lambda: OFTConfig(oft_block_size=8),
+    "vera": lambda: VeraConfig(r=6, projection_prng_key=3),
+    "dora": lambda: LoraConfig(r=3, lora_alpha=6, use_dora=True),
+    "fourierft": lambda: FourierFTConfig(n_frequency=60, scaling=20.0, random_loc_seed=7),
+}
+"""A config of each of PEFT's methods that can be gated, as PEFT takes it."""
+
+
+def peft_method(kind: str, sites: Sequence[str] = LINEAR_SITES) -> MethodSpec:
+    """The method under its sites."""
+    return Peft(config=PEFT_METHODS[kind](), sites=tuple(sites))
+
 
 METHODS: dict[str, MethodSpec] = {
     "lora": LoRA(rank=3, alpha=6, sites=LINEAR_SITES),
@@ -22,9 +48,9 @@ METHODS: dict[str, MethodSpec] = {
     "prefix-token": Prefix(prefix_length=3, parametrisation="token", init_std=1.0),
     "ia3": IA3(sites=("attn.k", "attn.v", "ffn.in", "ffn.out")),
     "bitfit": BitFit(),
-    "loha": Peft(LoHaConfig(r=3, alpha=12), sites=LINEAR_SITES),
-    "dora": Peft(LoraConfig(r=3, use_dora=True), sites=LINEAR_SITES),
-    "oft": Peft(OFTConfig(oft_block_size=8), sites=("attn.out", "ffn.out")),
+    "loha": peft_method("loha"),
+    "dora": peft_method("dora"),
+    "oft": peft_method("oft", ("attn.out", "ffn.out")),
 }
 """One spec of every method and form; `arch_methods` gives those that an architecture takes."""
 

@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from law import METHODS, attached, far, together, wake
-from pelton import BitFit, FixedGate, LoRA, MLPGate, PeltonConfig, ScalarGate, set_methods, set_stage
+from pelton import IA3, BitFit, FixedGate, LoRA, MLPGate, PeltonConfig, ScalarGate, set_methods, set_stage
 from pelton.errors import AdapterError, UnknownName
 from pelton.methods import LINEAR_SITES
 from zoo import ARCHS, Arch
@@ -154,6 +154,21 @@ def test_merged_equals_attached(arch: Arch, gate: Any) -> None:
         assert far(before, arch.run(plain, inputs)) <= 1e-5
     assert [n for n, _ in plain.named_modules()] == names
     assert plain.state_dict().keys() == arch.build().state_dict().keys()
+
+
+def test_adapters_at_work_together_merge_as_they_work() -> None:
+    """At ffn.out: each adapter's LoRA reads the input that both adapters rescale and rotate."""
+    arch = ARCHS["bert"]
+    sites = ("ffn.out",)
+    methods = [METHODS["oft"], IA3(sites=sites), LoRA(rank=2, sites=sites)]
+    model = get_peft_model(arch.build(), PeltonConfig(methods=methods, gate=FixedGate(0.7)), adapter_name="a")
+    model.add_adapter("b", PeltonConfig(methods=methods, gate=FixedGate(0.4)))
+    wake(wake(model, "a", 1), "b", 2).eval()
+    model.base_model.set_adapter(["a", "b"])
+    with torch.no_grad():
+        before = arch.run(model, arch.inputs())
+        assert far(before, arch.run(arch.build(), arch.inputs())) > 1e-3
+        assert far(before, arch.run(model.merge_and_unload(), arch.inputs())) <= 1e-5
 
 
 def test_bitfit_merges_where_there_is_a_bias() -> None:

@@ -11,23 +11,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
 from peft import (
-    FourierFTConfig,
-    LoHaConfig,
-    LoKrConfig,
     LoraConfig,
-    OFTConfig,
     PeftModel,
-    VeraConfig,
     get_peft_model,
 )
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from law import PEFT_METHODS as CONFIGS
 from law import attached, far, wake
+from law import peft_method as spec
 from pelton import (
     IA3,
     BitFit,
@@ -35,7 +31,6 @@ from pelton import (
     FixedGate,
     LoRA,
     MLPGate,
-    Peft,
     PeltonConfig,
     ScalarGate,
     find_anatomy,
@@ -46,32 +41,16 @@ from pelton import (
     set_methods,
     unfold,
 )
-from pelton.errors import AdapterError, AnatomyError, SpecError, UnknownName
 from pelton.methods import LINEAR_SITES
 from pelton.methods import METHODS as KINDS
-from pelton.training.recipe import TrainingSettings
 from pelton.tuner.peft_part import StandIn
 from zoo import ARCHS, Arch
-
-CONFIGS: dict[str, Any] = {
-    "loha": lambda: LoHaConfig(r=3, alpha=12),
-    "lokr": lambda: LoKrConfig(r=2, alpha=4, decompose_both=True),
-    "oft": lambda: OFTConfig(oft_block_size=8),
-    "vera": lambda: VeraConfig(r=6, projection_prng_key=3),
-    "dora": lambda: LoraConfig(r=3, lora_alpha=6, use_dora=True),
-    "fourierft": lambda: FourierFTConfig(n_frequency=60, scaling=20.0, random_loc_seed=7),
-}
-"""One config of each kind, as PEFT takes it."""
 
 ADDS = [kind for kind in CONFIGS if kind != "oft"]
 ANYWHERE = ("attn.out", "ffn.out")
 """Sites that are whole layers in every architecture, where an input can be edited."""
 
 FEW = ["bert", "llama", "t5", "swin"]
-
-
-def spec(kind: str, sites: Sequence[str] = LINEAR_SITES) -> Any:
-    return Peft(config=CONFIGS[kind](), sites=tuple(sites))
 
 
 def sites_of(kind: str) -> tuple[str, ...]:
@@ -109,9 +88,11 @@ def whole(arch: Arch, sites: Sequence[str]) -> tuple[tuple[str, ...], dict[str, 
     return tuple(kept), layers
 
 
-def pefts_own(arch: Arch, kind: str, ours: Any, layers: dict[str, tuple[str, str, str]]) -> Any:
+def pefts_own(arch: Arch, kind: str, ours: Any, layers: dict[str, tuple[str, str, str]], **more: Any) -> Any:
     """PEFT's model of the method with the values of ours."""
     config = CONFIGS[kind]()
+    for name, value in more.items():
+        setattr(config, name, value)
     config.target_modules = set(layers)
     theirs = get_peft_model(arch.build(), config).eval()
     for path, (block, _, key) in layers.items():
@@ -164,6 +145,37 @@ def test_fresh_equals_the_backbone(kind: str) -> None:
             assert far(arch.run(arch.build(), arch.inputs()), arch.run(model, arch.inputs())) <= 1e-6
 
 
+@pytest.mark.parametrize("name", ["gpt2", "modernbert", "phi3", "bert"])
+def test_dora_starts_at_the_norms_of_its_own_rows(name: str) -> None:
+    model = get_peft_model(ARCHS[name].build(), PeltonConfig(methods=[spec("dora")]))
+    for gated in gated_blocks(model):
+        block = model.get_base_model().get_submodule(gated.block.name)
+        for site in LINEAR_SITES:
+            for i, place in enumerate(gated.block.sites[site]):
+                key = site.replace(".", "_") + (f"_{i}" if len(gated.block.sites[site]) > 1 else "")
+                weight = block.get_submodule(place.path).weight
+                rows = (weight.t() if name == "gpt2" else weight)[place.start : place.stop]
+                part = gated.methods["default"]["dora"][key]
+                magnitude = part.lora_magnitude_vector["own"].weight
+                assert far(magnitude, rows.norm(dim=1)) <= 1e-6
+                assert magnitude.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["vera", "dora", "fourierft", "oft"])
+def test_open_is_pefts_own_in_transposed_layers(kind: str) -> None:
+    arch = ARCHS["gpt2"]
+    sites = {"attn.out": "attn.c_proj", "ffn.in": "mlp.c_fc", "ffn.out": "mlp.c_proj"}
+    ours = attached(arch, FixedGate(1.0), [spec(kind, tuple(sites))])
+    layers = {
+        f"{gated.block.name}.{path}": (gated.block.name, site, site.replace(".", "_"))
+        for gated in gated_blocks(ours)
+        for site, path in sites.items()
+    }
+    with torch.no_grad():
+        theirs = pefts_own(arch, kind, ours, layers, fan_in_fan_out=True)
+        assert far(arch.run(ours, arch.inputs()), arch.run(theirs, arch.inputs())) <= 1e-6
+
+
 def test_half_a_gate_is_half_the_contribution() -> None:
     """Said of one layer, where nothing follows that is not linear."""
     arch = ARCHS["bert"]
@@ -198,8 +210,9 @@ def test_vera_keeps_its_pair_when_its_widest_layers_are_pruned(tmp_path: Path) -
     arch = ARCHS["bert"]
     model = attached(arch, ScalarGate(0.5), [spec("vera"), Bottleneck(bottleneck_size=4)])
     set_methods(model, vera=True)
-    before = prune(model, importance={"0": {"vera": 0.0, "bottleneck": 1.0}, "1": {"vera": 1.0, "bottleneck": 1.0}},
-                   threshold=0.1)
+    before = prune(
+        model, importance={"0": {"vera": 0.0, "bottleneck": 1.0}, "1": {"vera": 1.0, "bottleneck": 1.0}}, threshold=0.1
+    )
     assert before
     with torch.no_grad():
         out = arch.run(model, arch.inputs())
@@ -400,7 +413,9 @@ def test_saved_and_loaded_gives_the_same(kind: str, low_memory: bool, tmp_path: 
     from safetensors import safe_open
 
     with safe_open(tmp_path / "adapter_model.safetensors", framework="pt") as file:
-        found = {key.partition(f".methods.{kind}.")[2].partition(".")[2] for key in file.keys() if f".{kind}." in key}
+        found = {
+            key.partition(f".methods.{kind}.")[2].partition(".")[2] for key in list(file.keys()) if f".{kind}." in key
+        }
     assert found == TENSORS[kind]
     saved = json.loads((tmp_path / "adapter_config.json").read_text())["methods"][0]
     assert saved == {"kind": kind, "config": spec(kind).config, "sites": list(LINEAR_SITES), "layers": None}
@@ -509,140 +524,26 @@ def test_folding_in_training_mode_drops_nothing() -> None:
 
 @pytest.mark.usefixtures("quiet_dynamo")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own, at LoHa's product
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_compiled_without_breaks_equals_eager(kind: str) -> None:
-    arch = ARCHS["bert"]
-    model = attached(arch, MLPGate(hidden_size=8, init_std=0.5), [spec(kind), LoRA(rank=2)])
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_compiled_without_breaks_equals_eager(training: bool) -> None:
+    arch = ARCHS["vit"]  # drops nothing itself
+    methods = [spec(kind, ["attn.v", "ffn.out"]) for kind in CONFIGS]
+    model = attached(arch, MLPGate(hidden_size=8, init_std=0.5), methods).train(training)
+    inputs = arch.inputs()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    assert far(arch.run(model, inputs), arch.run(compiled, inputs)) <= 1e-4
+
+
+def test_exported_equals_eager() -> None:
+    arch = ARCHS["vit"]
+    model = attached(
+        arch, MLPGate(hidden_size=8, init_std=0.5), [spec(kind, ["attn.v", "ffn.out"]) for kind in CONFIGS]
+    )
+    pixels = arch.inputs()["pixel_values"]
     with torch.no_grad():
-        assert far(arch.run(model, arch.inputs()), arch.run(compiled, arch.inputs())) <= 1e-4
-
-
-# ---- specs: configs in, plain JSON out ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_a_spec_is_plain_json_and_comes_back(kind: str) -> None:
-    one = spec(kind)
-    assert one.kind == kind
-    assert isinstance(one, Peft)
-    assert type(KINDS[kind]()) is type(one)
-    values = json.loads(json.dumps(one.to_dict()))
-    assert KINDS.parse(values) == one
-    assert pickle.loads(pickle.dumps(one)) == copy.deepcopy(one) == one
-    theirs = CONFIGS[kind]()
-    for name in type(one).fields:  # nothing of PEFT's config is lost
-        assert getattr(one.peft_config(), name) == getattr(theirs, name)
-
-
-def test_a_recipe_names_them_by_their_kinds() -> None:
-    config = PeltonConfig(methods=[{"kind": "loha", "config": {"r": 4}}, "oft"], gate=FixedGate({"loha": 0.3, "oft": 1}))
-    assert [m.kind for m in config.specs] == ["loha", "oft"]
-    assert config.specs[0] == Peft(config=LoHaConfig(r=4))
-    assert TrainingSettings(method_learning_rates={"loha": 1e-3}).method_learning_rates == {"loha": 1e-3}
-
-
-REFUSED = [
-    (LoraConfig(r=4), "PEFT's LORA cannot be gated: Pelton has it.*pelton.LoRA"),
-    (peft.IA3Config(), "pelton.IA3"),
-    (peft.BOFTConfig(boft_block_size=4), "BOFT.*full rotation"),
-    (peft.HRAConfig(), "HRA.*multiplies the backbone's weight matrix again"),
-    (peft.PrefixTuningConfig(num_virtual_tokens=3), "PREFIX_TUNING.*no method of a layer.*pelton.Prefix"),
-    (peft.PromptTuningConfig(num_virtual_tokens=3), "PROMPT_TUNING.*pelton.Prefix"),
-    (peft.LNTuningConfig(), "LN_TUNING.*no linear layers.*modules_to_save"),
-    (peft.AdaLoraConfig(total_step=10), "ADALORA.*pelton.shrink"),
-    (peft.VBLoRAConfig(), "VBLORA.*nobody has verified.*Gated can be: dora, fourierft, loha, lokr, oft, vera"),
-    (PeltonConfig(), "PELTON.*it is Pelton itself"),
-    (LoHaConfig(target_modules=["query"]), r"target_modules=.*said by Peft\(sites=…\)"),
-    (LoHaConfig(target_modules=["query"], layers_to_transform=[0]), "Peft"),
-    (LoHaConfig(modules_to_save=["classifier"]), r"PeltonConfig\(modules_to_save=…\)"),
-    (LoHaConfig(rank_pattern={"query": 3}), "rank_pattern"),
-    (LoHaConfig(task_type="SEQ_CLS"), r"PeltonConfig\(task_type=…\)"),
-    (VeraConfig(bias="all"), "BitFit"),
-    (OFTConfig(fan_in_fan_out=True), r"\[out, in\]"),
-    (OFTConfig(coft=True), "writes its own weights"),
-    (OFTConfig(module_dropout=0.1), "takes no notice"),
-    (LoraConfig(use_dora=True, lora_dropout=0.1), "lora_dropout=0.1 .*'dora'.*a second time"),
-    (LoraConfig(use_dora=True, init_lora_weights="pissa"), "'pissa' changes the backbone's weights"),
-    (LoHaConfig(r=0), "r > 0"),
-    (LoHaConfig(rank_dropout=1.5), "0 <= rank_dropout < 1"),
-    (FourierFTConfig(n_frequency=0), "n_frequency > 0"),
-    ({"r": 3}, r"takes a config of a layer method of PEFT.*\{kind: loha, config: \{r: 8\}\}"),
-    (None, "takes a config of a layer method of PEFT"),
-]
-
-
-@pytest.mark.parametrize(("config", "message"), REFUSED, ids=lambda v: str(getattr(v, "peft_type", ""))[-14:])
-def test_what_cannot_be_gated_is_refused_by_name(config: Any, message: str) -> None:
-    with pytest.raises(SpecError, match=message):
-        Peft(config=config)
-
-
-@pytest.mark.parametrize(
-    ("values", "kind", "message"),
-    [
-        ({"kind": "loha", "config": {"rr": 3}}, UnknownName, "Unknown key of PEFT's LoHaConfig 'rr'. Did you mean 'r'"),
-        ({"kind": "loha", "confg": {}}, UnknownName, "Did you mean 'config'"),
-        ({"kind": "lohaa"}, UnknownName, "Did you mean 'loha'"),
-        ({"kind": "loha", "config": {"r": "four"}}, SpecError, "r of 'loha' is a number"),
-        ({"kind": "loha", "config": {"r": 2.5}}, SpecError, "a whole number"),
-        ({"kind": "loha", "config": {"init_weights": 3}}, SpecError, "true, false or a name"),
-        ({"kind": "lokr", "config": {"decompose_both": 3}}, SpecError, "true or false"),
-        ({"kind": "loha", "config": {"peft_type": "OFT"}}, SpecError, "takes PEFT's LOHA, but got peft_type='OFT'"),
-        ({"kind": "loha", "config": 4}, SpecError, "is a config of PEFT or its values by name"),
-        ({"kind": "loha", "config": {"target_modules": ["q"]}}, SpecError, "target_modules"),
-        ({"kind": "dora", "config": {"use_dora": False}}, SpecError, "use_dora"),
-        ({"kind": "oft", "config": {"r": 2}}, SpecError, "PEFT refuses 'oft'"),
-        ({"kind": "loha", "sites": ["attn"]}, SpecError, "a site of 'loha'"),
-    ],
-)
-def test_bad_values_are_refused(values: Any, kind: Any, message: str) -> None:
-    with pytest.raises(kind, match=message):
-        PeltonConfig(methods=[values])
-
-
-@pytest.mark.parametrize(
-    ("name", "method", "kind", "message"),
-    [
-        ("gpt2", lambda: spec("oft"), AnatomyError, "'oft' edits the input.*'attn.q'.*slice of 'attn.c_attn'"),
-        ("bert", lambda: Peft(FourierFTConfig(n_frequency=5000)), SpecError, "PEFT cannot make 'fourierft'.*32 → 32"),
-    ],
-)
-def test_what_does_not_fit_the_backbone_is_refused_untouched(name: str, method: Any, kind: Any, message: str) -> None:
-    model = ARCHS[name].build()
-    names = [n for n, _ in model.named_modules()]
-    with pytest.raises(kind, match=message):
-        get_peft_model(model, PeltonConfig(methods=[method()]))
-    assert [n for n, _ in model.named_modules()] == names
-
-
-class Packed(nn.Linear):
-    """A layer whose weights are not numbers of its matrix, as quantised ones are."""
-
-    def __init__(self, other: nn.Linear) -> None:
-        super().__init__(other.in_features, other.out_features)
-        self.load_state_dict(other.state_dict())
-        self.kept = other.weight.detach()
-        self.weight = nn.Parameter((self.kept * 100).to(torch.int8).flatten(), requires_grad=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.kept, self.bias)
-
-
-def test_quantised_layers_take_what_needs_no_weights() -> None:
-    arch = ARCHS["bert"]
-
-    def build() -> Any:
-        model = arch.build()
-        attention = model.bert.encoder.layer[0].attention.self
-        attention.value = Packed(attention.value)
-        return model
-
-    for kind in CONFIGS:
-        config = PeltonConfig(methods=[spec(kind, ["attn.v"])], gate=FixedGate(1.0))
-        if kind == "dora":
-            with pytest.raises(AdapterError, match="'dora' computes with the weights.*Packed"):
-                get_peft_model(build(), config)
-        else:
-            model = wake(get_peft_model(build(), config)).eval()
-            assert torch.isfinite(arch.run(model, arch.inputs())).all()
+        free = {"pixel_values": {0: torch.export.Dim.DYNAMIC}}
+        exported = torch.export.export(
+            model.get_base_model(), (), {"pixel_values": pixels}, dynamic_shapes=free, strict=False
+        ).module()
+        for some in (pixels, pixels[:2]):
+            assert far(arch.run(model, {"pixel_values": some}), exported(pixel_values=some).logits) <= 1e-4

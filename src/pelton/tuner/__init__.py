@@ -1,5 +1,6 @@
 """Pelton as a PEFT method: its config, its gated block, its tuner; the only code that touches peft."""
 
+import pelton.tuner.peft_kinds  # noqa: F401 - registers the methods of PEFT
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.controls import gate_penalty, gated_blocks, set_methods, set_stage, set_temperature

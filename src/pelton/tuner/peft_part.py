@@ -61,7 +61,7 @@ class StandIn(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.seen: Seen | None = None  # a plain object, so that no state dict holds the backbone's layer twice
 
-    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, y: Tensor | None = None) -> Tensor:
         """Returns what the backbone's layer gave, or without it the input as PEFT's layer changed it."""
         return x if y is None else y
 
@@ -129,12 +129,13 @@ class PeftPart(Part):
         """
         if not self.spec.reads_weight:
             return
-        weight = cast(Tensor, layer.weight)
-        if not isinstance(layer, nn.Linear | Conv1D) or not weight.is_floating_point() or weight.dim() != 2:
+        weight = getattr(layer, "weight", None)
+        plain = isinstance(layer, nn.Linear | Conv1D) and type(weight) in (Tensor, nn.Parameter)
+        if not plain or not cast(Tensor, weight).is_floating_point() or cast(Tensor, weight).dim() != 2:
             raise AdapterError(
-                f"{self.spec.kind!r} computes with the weights of the layer that it adapts, but a {type(layer).__name__} "
-                "does not hold them as a matrix of numbers. Load the backbone without quantisation, or use another "
-                "method there."
+                f"{self.spec.kind!r} computes with the weights of the layer that it adapts, but a "
+                f"{type(layer).__name__} does not hold them as a matrix of numbers. Load the backbone without "
+                "quantisation, or use another method there."
             )
         self.layer.base_layer.seen = Seen(layer, rows)
         self.spec.start(self.layer)
@@ -142,8 +143,8 @@ class PeftPart(Part):
     def train(self, mode: bool = True) -> PeftPart:
         """Puts the layer in training mode where it drops something.
 
-        Otherwise it stays as it is in evaluation: some of PEFT's layers toss a coin in training even where nothing is to
-        be dropped, which no compiled graph can hold.
+        Otherwise it stays as it is in evaluation: some of PEFT's layers toss a coin in training even where nothing is
+        to be dropped, which no compiled graph can hold.
         """
         self.layer.train(mode and self.spec.drops)
         super().train(mode)
@@ -151,6 +152,7 @@ class PeftPart(Part):
 
     def forward(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
         """Returns y + g · (what PEFT's layer makes of it − y); computed in float32, as the parameters are."""
+        delta: Tensor
         if self.edits == "input":
             source = y.float()
             delta = self.layer(source) - source

@@ -10,15 +10,17 @@ _SECOND = (
     "it multiplies the backbone's weight matrix again in every forward, which costs as much as a second pass of the "
     "layer"
 )
-_PROMPT = "it is no method of a layer: it puts learned vectors before the input or into the attention. Use pelton.Prefix"
+_PROMPT = (
+    "it is no method of a layer: it puts learned vectors before the input or into the attention. Use pelton.Prefix"
+)
 _CHANGES = "it changes the backbone's own weights, so a closed gate could not give the backbone"
 
 METHODS: dict[str, str] = {
     "ADALORA": "its ranks are cut by PEFT's own training loop, which gates know nothing of. Use pelton.LoRA and "
     "pelton.shrink",
     "ADAPTION_PROMPT": _PROMPT,
-    "BOFT": "it builds a full rotation of the layer's input by products of matrices as large as the weight, and rescales "
-    "the output of that: input and output would have to be gated together",
+    "BOFT": "it changes the layer's input and rescales the output of that, so a gate on one is not a gate on both; and "
+    "it multiplies matrices as large as the weight in every forward. OFT is taken",
     "CARTRIDGE": _PROMPT,
     "CPT": _PROMPT,
     "HRA": _SECOND,
@@ -63,7 +65,7 @@ FIELDS: dict[str, str] = {
     "use_effective_conv2d": "Pelton's sites are linear layers. Leave it out",
     "lora_dropout": "with dropout before it DoRA computes the backbone's product a second time. Use another method, or "
     "0",
-    "coft": "it writes its own weights in every forward, which recomputation by checkpointing cannot undo. Leave it out",
+    "coft": "it writes its own weights in every forward, and checkpointing runs a forward twice. Leave it out",
     "eps": "it belongs to coft, which is not taken. Leave it out",
     "module_dropout": "PEFT's layer takes no notice of it. Leave it out",
 }

@@ -223,8 +223,8 @@ def _origin(block: Block, site: str) -> str:
 def _check_slice(part: Part, kind: str, site: str, place: Site, block: Block) -> None:
     if part.edits == "input" and place.start is not None:
         raise AnatomyError(
-            f"{kind!r} edits the input of its layer, but {site!r} of {block.name!r} is a slice of {place.path!r}, whose "
-            "other slices read that input too. Name other sites."
+            f"{kind!r} edits the input of its layer, but {site!r} of {block.name!r} is a slice of {place.path!r}, "
+            "whose other slices read that input too. Name other sites."
         )
 
 
