@@ -19,6 +19,7 @@ from law import wake
 from pelton import FixedGate, Peft, PeltonConfig
 from pelton.errors import AdapterError, AnatomyError, SpecError, UnknownName
 from pelton.methods import METHODS as KINDS
+from pelton.training.optimizer import parameter_groups
 from pelton.training.recipe import TrainingSettings
 from zoo import ARCHS
 
@@ -46,6 +47,13 @@ def test_a_recipe_names_them_by_their_kinds() -> None:
     assert [m.kind for m in config.specs] == ["loha", "oft"]
     assert config.specs[0] == Peft(config=LoHaConfig(r=4))
     assert TrainingSettings(method_learning_rates={"loha": 1e-3}).method_learning_rates == {"loha": 1e-3}
+
+
+def test_each_kind_has_a_learning_rate_of_its_own() -> None:
+    model = get_peft_model(ARCHS["bert"].build(), PeltonConfig(methods=[spec("loha"), spec("dora"), "lora"]))
+    settings = TrainingSettings(learning_rate=1e-3, method_learning_rates={"loha": 2e-3, "dora": 3e-3})
+    rates = {group["name"]: group["lr"] for group in parameter_groups(model, settings)}
+    assert {"methods.loha": 2e-3, "methods.dora": 3e-3, "methods": 1e-3}.items() <= rates.items()
 
 
 REFUSED = [

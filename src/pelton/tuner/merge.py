@@ -27,7 +27,8 @@ def check_foldable(gated: GatedBlock, block: nn.Module, adapters: Sequence[str])
             if not spec.foldable:
                 raise AdapterError(
                     f"Adapter {name!r} holds {spec.kind!r}, which is not a change of the backbone's weights. Only "
-                    "adapters of foldable methods (lora, ia3, bitfit) merge; keep this one attached."
+                    f"adapters of foldable methods merge ({', '.join(k for k in METHODS if METHODS[k].foldable)}); "
+                    "keep this one attached."
                 )
         check_layers(gated, block, name)
 
