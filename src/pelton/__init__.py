@@ -14,7 +14,7 @@ from pelton.version import __version__
 if TYPE_CHECKING:
     from pelton.anatomy import find_anatomy
     from pelton.compress.combine import combine
-    from pelton.compress.fold import fold, unfold
+    from pelton.compress.fold import fold, folded_loss, unfold
     from pelton.compress.freeze import freeze_gates
     from pelton.compress.importance import leave_one_out, taylor
     from pelton.compress.prune import prune
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _HOME = {
     "pelton.anatomy": ("find_anatomy",),
     "pelton.compress.combine": ("combine",),
-    "pelton.compress.fold": ("fold", "unfold"),
+    "pelton.compress.fold": ("fold", "folded_loss", "unfold"),
     "pelton.compress.freeze": ("freeze_gates",),
     "pelton.compress.importance": ("leave_one_out", "taylor"),
     "pelton.compress.prune": ("prune",),
@@ -89,6 +89,7 @@ __all__ = [
     "combine",
     "find_anatomy",
     "fold",
+    "folded_loss",
     "freeze_gates",
     "from_peft",
     "gate_drift",

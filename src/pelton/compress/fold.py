@@ -6,12 +6,14 @@
 
 Where all of an adapter folds, what is left is the backbone's own module tree: an ordinary model. Otherwise bottlenecks
 and prefixes stay under constant gates; a prefix becomes keys and values. `unfold` brings the gated model back.
+Quantised weights are quantised again, which `fold` has to be asked for.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -28,8 +30,9 @@ from pelton.tuner.block import gate_of
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.controls import tuners
 from pelton.tuner.cut import static_values
-from pelton.tuner.merge import check_layers, check_static, check_untied, fold_block
+from pelton.tuner.merge import Change, check_layers, check_static, check_untied, fold_block
 from pelton.tuner.model import PeltonModel
+from pelton.tuner.quantised import Lost, lost, put, scheme_of, stored
 from pelton.tuner.recast import adapter_tensors, recast, with_changes
 from pelton.tuner.store import digest
 
@@ -47,6 +50,7 @@ class Folded:
         weights: The backbone's weights that changed, as they were, by name.
         digest: A hash of those weights as they are since.
         heads: Modules that were trained whole, as they were before they were trained, by name.
+        lost: What rounding to few bits took; None where every weight is exact.
     """
 
     adapter: str
@@ -55,14 +59,19 @@ class Folded:
     weights: dict[str, Tensor]
     digest: str
     heads: dict[str, nn.Module]
+    lost: Lost | None = None
 
 
-def fold(model: nn.Module, *, adapter: str | None = None) -> nn.Module:
+def fold(model: nn.Module, *, adapter: str | None = None, requantize: bool = False) -> nn.Module:
     """Folds an adapter into the backbone's weights, in place.
+
+    Quantised weights are read, changed and quantised again as they were, which is not exact. `folded_loss` says what
+    that took.
 
     Args:
         model: A model with one adapter whose gates are constant.
         adapter: Its name; the active one when not given.
+        requantize: Folds into quantised weights too, although rounding takes a part of what the adapter changes.
 
     Returns:
         The plain backbone, with its trained head, where all of the adapter folds; else `model`, whose adapter holds
@@ -70,7 +79,8 @@ def fold(model: nn.Module, *, adapter: str | None = None) -> nn.Module:
 
     Raises:
         AdapterError: gates read the input, nothing folds, there are several adapters, a layer cannot take the methods
-            in (a quantised one), or a weight is tied to another layer; nothing is changed.
+            in, a weight is tied to another layer, or weights are quantised and `requantize` was not asked for; nothing
+            is changed.
     """
     tuner, name = adapter_of(model, adapter)
     if len(tuner.peft_config) > 1:
@@ -87,31 +97,47 @@ def fold(model: nn.Module, *, adapter: str | None = None) -> nn.Module:
         raise AdapterError(
             f"Nothing of adapter {name!r} folds: it holds {', '.join(kinds)}. It is as small as it gets."
         )
-    changes = [
-        entry
+    found = [
+        change
         for path, gated in blocks.items()
-        for entry in fold_block(gated, tuner.model.get_submodule(path), [name], check=True)
+        for change in fold_block(gated, tuner.model.get_submodule(path), [name], check=True)
     ]
-    check_untied(tuner.model, [parameter for parameter, _ in changes])
-    record = _record(tuner, name, [parameter for parameter, _ in changes])
+    check_untied(tuner.model, [change.parameter for change in found])
+    rounded = lost(change.rounding for change in found)
+    if rounded is not None and not requantize:
+        raise AdapterError(
+            f"The weights that adapter {name!r} folds into are quantised: {rounded}. Fold with requantize=True if that "
+            "will do, or keep the adapter attached."
+        )
+    keys = {id(p): key for key, p in tuner.model.named_parameters()}
+    changes = {keys[id(change.parameter)]: change for change in found}
+    record = _record(tuner, name, changes, rounded)
     rest = None if all(kinds.values()) else _rest(tuner, name)
-    names = {id(p): key for key, p in tuner.model.named_parameters()}
     try:
-        for parameter, value in changes:
-            parameter.data.copy_(value)
-        now = {names[id(parameter)]: parameter.detach() for parameter, _ in changes}
+        for change in changes.values():
+            change.write()
+        now = digest(stored(tuner.model, changes))
         if rest is not None:
             config, tensors = rest
             config.steps = ()
-            config.folded = {"weights": sorted(now), "digest": digest(now)}
+            config.folded = {"weights": sorted(changes), "digest": now}
             recast(tuner, name, config, tensors)
     except BaseException:
-        for parameter, _ in changes:
-            parameter.data.copy_(record.weights[names[id(parameter)]])
+        for key, change in changes.items():
+            put(change.layer, change.slot, record.weights[key], change.scheme)
         raise
     plain: nn.Module = model if rest is not None else tuner.unload_trained()
-    setattr(plain, RECORD, dataclasses.replace(record, digest=digest(now)))
+    setattr(plain, RECORD, dataclasses.replace(record, digest=now))
     return plain
+
+
+def folded_loss(model: nn.Module) -> Lost | None:
+    """Returns what rounding took when `fold` made this model; None where every weight is exact.
+
+    Raises:
+        AdapterError: the model was not folded here.
+    """
+    return _folded(model).lost
 
 
 def unfold(model: nn.Module) -> nn.Module:
@@ -123,18 +149,15 @@ def unfold(model: nn.Module) -> nn.Module:
     Raises:
         AdapterError: the model was not folded here, or its weights have changed since.
     """
-    record = cast(Folded | None, model.__dict__.get(RECORD))
-    if record is None:
-        raise AdapterError(
-            f"This {type(model).__name__} was not folded, or it was saved and loaded since: there is no way back."
-        )
+    record = _folded(model)
     found = tuners(model)
-    backbone = found[0].model if found else model
-    parameters = dict(backbone.named_parameters())
-    if digest({key: parameters[key] for key in record.weights}) != record.digest:
+    backbone: nn.Module = found[0].model if found else model
+    if digest(stored(backbone, record.weights)) != record.digest:
         raise AdapterError("The folded weights have changed since: unfolding would lose what they learned.")
     for key, value in record.weights.items():
-        parameters[key].data.copy_(value)
+        path, _, slot = key.rpartition(".")
+        layer = backbone.get_submodule(path)
+        put(layer, slot, value, scheme_of(layer, path))
     if found:
         recast(found[0], record.adapter, record.config, record.tensors)
         del model.__dict__[RECORD]
@@ -149,17 +172,25 @@ def unfold(model: nn.Module) -> nn.Module:
     return cast(nn.Module, gated)
 
 
-def _record(tuner: PeltonModel, name: str, changed: list[nn.Parameter]) -> Folded:
+def _folded(model: nn.Module) -> Folded:
+    record = cast(Folded | None, model.__dict__.get(RECORD))
+    if record is None:
+        raise AdapterError(
+            f"This {type(model).__name__} was not folded, or it was saved and loaded since: there is no way back."
+        )
+    return record
+
+
+def _record(tuner: PeltonModel, name: str, changes: Mapping[str, Change], rounded: Lost | None) -> Folded:
     """Keeps what folding loses."""
-    wanted = {id(parameter) for parameter in changed}
-    weights = {key: p.detach().clone() for key, p in tuner.model.named_parameters() if id(p) in wanted}
+    weights = {key: change.kept() for key, change in changes.items()}
     tensors = {key: value.detach().clone() for key, value in adapter_tensors(tuner, name).items()}
     heads = {
         path: module.original_module
         for path, module in tuner.model.named_modules()
         if isinstance(module, ModulesToSaveWrapper)
     }
-    return Folded(name, tuner.peft_config[name], tensors, weights, "", heads)
+    return Folded(name, tuner.peft_config[name], tensors, weights, "", heads, rounded)
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from pelton.errors import AdapterError
+from pelton.tuner.quantised import stored
 from pelton.tuner.store import digest
 
 if TYPE_CHECKING:
@@ -81,10 +82,7 @@ def check_folded(model: nn.Module, config: PeltonConfig) -> None:
     if config.folded is None:
         return
     here, names = dict(model.named_parameters()), [str(name) for name in config.folded["weights"]]
-    if (
-        not all(name in here for name in names)
-        or digest({name: here[name] for name in names}) != config.folded["digest"]
-    ):
+    if not all(name in here for name in names) or digest(stored(model, names)) != config.folded["digest"]:
         raise AdapterError(
             "Part of this adapter was folded into a backbone's weights, and this backbone does not have them. Load the "
             "backbone that was saved when it was folded."

@@ -4,17 +4,51 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from pelton.errors import AdapterError
 from pelton.gates import StaticGate
 from pelton.methods import METHODS, BitFit
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.plan import EDITS, Edit, Edits
+from pelton.tuner.quantised import Rounding, Scheme, put, scheme_of
+
+
+@dataclass(frozen=True)
+class Change:
+    """A weight or a bias of a layer, as it is to be.
+
+    Attributes:
+        layer: The layer.
+        slot: "weight" or "bias".
+        value: What it takes, as it is stored.
+        scheme: How the layer stores its weight.
+        rounding: What storing it in few bits takes; None where nothing is rounded.
+    """
+
+    layer: nn.Module
+    slot: str
+    value: Tensor
+    scheme: Scheme
+    rounding: Rounding | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter that is there now."""
+        return cast(nn.Parameter, getattr(self.layer, self.slot))
+
+    def kept(self) -> Tensor:
+        """Returns what is there now, to be put back."""
+        whole = self.slot == "bias" or self.scheme.exact
+        return self.parameter.detach().clone() if whole else self.scheme.keep(self.layer)
+
+    def write(self) -> None:
+        """Puts the value in its place."""
+        put(self.layer, self.slot, self.value, self.scheme)
 
 
 def check_foldable(gated: GatedBlock, block: nn.Module, adapters: Sequence[str]) -> None:
@@ -51,8 +85,7 @@ def check_layers(gated: GatedBlock, block: nn.Module, name: str) -> None:
             continue
         layer = block.get_submodule(path)
         where = f"{gated.block.name}.{path}"
-        if type(layer) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D):
-            raise AdapterError(f"{where} is a {type(layer).__name__}; adapters merge into nn.Linear and Conv1D only.")
+        scheme_of(layer, where)
         if cast(nn.Linear, layer).bias is None and any(edit.kind == BitFit.kind for edit in edits):
             raise AdapterError(
                 f"Adapter {name!r} trains a bias for {where}, which has none to merge into. Keep the adapter attached, "
@@ -74,12 +107,10 @@ def check_untied(model: nn.Module, parameters: Sequence[nn.Parameter]) -> None:
 
 
 @torch.no_grad()
-def fold_block(
-    gated: GatedBlock, block: nn.Module, adapters: Sequence[str], check: bool = False
-) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """Yields each parameter of a block that changes and the value it takes; writes nothing.
+def fold_block(gated: GatedBlock, block: nn.Module, adapters: Sequence[str], check: bool = False) -> Iterator[Change]:
+    """Yields each weight and bias of a block that changes; writes nothing.
 
-    Methods that do not fold are passed over.
+    Methods that do not fold are passed over. A quantised weight that no method changes is left alone.
 
     Args:
         gated: the gated block.
@@ -96,9 +127,9 @@ def fold_block(
     }
     for path in layers:
         layer = cast(nn.Linear, block.get_submodule(path))
-        flipped = isinstance(layer, Conv1D)
-        weight = layer.weight.detach().float().clone()
-        weight = weight.t().contiguous() if flipped else weight
+        scheme = scheme_of(layer, f"{gated.block.name}.{path}")
+        weight = scheme.read(scheme.keep(layer))
+        before = None if scheme.exact else weight.clone()
         bias: Tensor | None = None if layer.bias is None else layer.bias.detach().float().clone()
         for name, edit in _in_order(gated, path, adapters):
             weight, bias = _fold_edit(gated, name, edit, weight, bias)
@@ -106,9 +137,18 @@ def fold_block(
             raise AdapterError(
                 f"Merging into {gated.block.name}.{path} gives values that are not finite; nothing merged."
             )
-        yield cast(nn.Parameter, layer.weight), weight.t() if flipped else weight
+        if before is None:
+            yield Change(layer, "weight", scheme.write(layer, weight), scheme)
+        elif not torch.equal(before, weight):
+            yield _requantised(layer, scheme, before, weight)
         if bias is not None:
-            yield layer.bias, bias
+            yield Change(layer, "bias", bias, scheme)
+
+
+def _requantised(layer: nn.Module, scheme: Scheme, before: Tensor, wanted: Tensor) -> Change:
+    """Quantises a weight [O, I] as the layer does, and says what that takes."""
+    value = scheme.write(layer, wanted)
+    return Change(layer, "weight", value, scheme, Rounding.of(before, wanted, scheme.read(value)))
 
 
 def _in_order(gated: GatedBlock, path: str, adapters: Sequence[str]) -> list[tuple[str, Edit]]:

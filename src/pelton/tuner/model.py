@@ -6,6 +6,7 @@ PEFT calls it to add, switch, save, load, merge and remove adapters. What a bloc
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
@@ -26,6 +27,7 @@ from pelton.tuner.config import PeltonConfig
 from pelton.tuner.merge import check_foldable, check_untied, fold_block
 from pelton.tuner.penalise import GatePenalty, attach_penalties
 from pelton.tuner.plan import BlockPlan, bind_parts, device_of, fingerprint, fitting_methods, make_plan
+from pelton.tuner.quantised import lost
 from pelton.tuner.register import PREFIX
 from pelton.tuner.routing import routed_batch
 from pelton.tuner.taps import Taps
@@ -202,14 +204,17 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
         if merge:
             self._check_merge_allowed(adapter_names)
             names = list(adapter_names or self.active_adapters)
-            folded = [
-                entry
+            changes = [
+                change
                 for path, block in self.named_blocks()
-                for entry in fold_block(block, self.model.get_submodule(path), names, check=safe_merge)
+                for change in fold_block(block, self.model.get_submodule(path), names, check=safe_merge)
             ]
-            check_untied(self.model, [parameter for parameter, _ in folded])
-            for parameter, value in folded:
-                parameter.data.copy_(value)
+            check_untied(self.model, [change.parameter for change in changes])
+            rounded = lost(change.rounding for change in changes)
+            if rounded is not None:
+                warnings.warn(f"Merging into quantised weights is not exact: {rounded}.", stacklevel=3)
+            for change in changes:
+                change.write()
         return self._take_out(merge)
 
     def unload_trained(self) -> nn.Module:
