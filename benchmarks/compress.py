@@ -21,13 +21,11 @@ import json
 import os
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import torch
 from transformers.utils import logging
 
 from pelton.bench.journal import Journal
@@ -37,6 +35,7 @@ from pelton.compress.importance import taylor
 from pelton.compress.prune import prune
 from pelton.compress.runs import adapter_size, training_batches
 from pelton.compress.steps import adapter_of
+from pelton.insight.latency import Stopwatch
 from pelton.tasks.load import load_task
 from pelton.training.fit import fit
 from pelton.training.loading import load_recipe
@@ -70,13 +69,15 @@ def one(task: str, seed: int, data: Path, keep: float, extra: list[str]) -> dict
             small = type(run)(run.folder, run.recipe, run.task, run.processor, model)
             scores[name] = round(100 * small.evaluate(examples, features)["score"], 3)
             sizes[name] = adapter_size(tuner, adapter)
-            times[name] = ratio(model, plain, batches)
+            (found,) = watch([model], plain)
+            times[name] = {"ratio": round(found.ratio, 3), "spread": round(found.spread, 3)}
 
         some = examples.take(range(min(256, len(examples))))
         encoded, collate = run.task.encode(some.inputs, run.processor), run.task.collator(run.processor)
         batches = [
             collate([encoded[i] for i in range(s, min(s + 32, len(encoded)))]) for s in range(0, len(encoded), 32)
         ]
+        watch = Stopwatch(batches, rounds=ROUNDS)
         note("gated", run.model)
         methods = sum(len(b.wirings[adapter].methods) for b in tuner.blocks())
         prune(
@@ -92,27 +93,6 @@ def one(task: str, seed: int, data: Path, keep: float, extra: list[str]) -> dict
         if whole is not run.model:
             sizes["folded"] = 0
     return {"task": task, "seed": seed, "keep": keep, "score": scores, "parameters": sizes, "inference": times}
-
-
-def ratio(model: Any, plain: Any, batches: list[Any]) -> dict[str, float]:
-    """Times a model against the plain backbone, in turn."""
-    model.eval()
-    plain.eval()
-
-    def seconds(one: Any) -> float:
-        start = time.perf_counter()
-        for batch in batches:
-            one(**batch)
-        return time.perf_counter() - start
-
-    with torch.inference_mode():
-        seconds(model), seconds(plain)
-        pairs = [
-            (seconds(model), seconds(plain)) if i % 2 else (seconds(plain), seconds(model))[::-1] for i in range(ROUNDS)
-        ]
-    ratios = [a / b for a, b in pairs]
-    low, _, high = statistics.quantiles(ratios, n=4)
-    return {"ratio": round(statistics.median(ratios), 3), "spread": round(high - low, 3)}
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from pelton.gates import FixedGate, FrozenGate, LinearGate, MLPGate, ScalarGate, register_gate
     from pelton.gates.recording import GateLog, record_gates
     from pelton.insight.drift import GateDrift, gate_drift
+    from pelton.insight.latency import Stopwatch
     from pelton.insight.monitor import DriftMonitor
     from pelton.methods import IA3, BitFit, Bottleneck, LoRA, Prefix, register_method
     from pelton.tuner import (
@@ -53,6 +54,7 @@ _HOME = {
     "pelton.gates": ("FixedGate", "FrozenGate", "LinearGate", "MLPGate", "ScalarGate", "register_gate"),
     "pelton.gates.recording": ("GateLog", "record_gates"),
     "pelton.insight.drift": ("GateDrift", "gate_drift"),
+    "pelton.insight.latency": ("Stopwatch",),
     "pelton.insight.monitor": ("DriftMonitor",),
     "pelton.methods": ("IA3", "BitFit", "Bottleneck", "LoRA", "Prefix", "register_method"),
     "pelton.tuner": (
@@ -85,6 +87,7 @@ __all__ = [
     "PeltonError",
     "Prefix",
     "ScalarGate",
+    "Stopwatch",
     "__version__",
     "combine",
     "find_anatomy",

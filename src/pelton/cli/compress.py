@@ -35,12 +35,20 @@ def prune(
     threshold: Annotated[float | None, typer.Option(help="What weighs less goes; 0.05 if nothing is said.")] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="So many methods stay, over all blocks.")] = None,
     budget_params: Annotated[int | None, typer.Option(min=1, help="So many parameters of methods may stay.")] = None,
+    budget_latency: Annotated[
+        float | None,
+        typer.Option(help="So many times the plain backbone's inference time may be taken, such as 1.05; measured."),
+    ] = None,
 ) -> None:
     """Take the methods that help least out of a run's blocks; says what that costs."""
     from pelton.cli import show
     from pelton.compress.runs import prune_run
 
-    show.change(prune_run(run, by=by, threshold=threshold, keep=keep, budget_params=budget_params))
+    show.change(
+        prune_run(
+            run, by=by, threshold=threshold, keep=keep, budget_params=budget_params, budget_latency=budget_latency
+        )
+    )
 
 
 def shrink(

@@ -91,6 +91,9 @@ def change(found: Change) -> None:
         console.print(f"{when:<11}{_scores(values)}  ({found.split})", highlight=False, soft_wrap=True)
     before, after = found.parameters
     console.print(f"{'adapter':<11}{before:,} → {after:,} parameters", highlight=False)
+    if found.latency is not None:
+        times = f"{found.latency.before} → {found.latency.after} times the plain backbone"
+        console.print(f"{'inference':<11}{times}", highlight=False, soft_wrap=True)
     for entry in found.gone:
         what = f"{entry.parameters:,} parameters, importance {entry.importance:.3g}"
         console.print(f"{'gone':<11}{entry.kind} in block {entry.block} ({what})", highlight=False, soft_wrap=True)

@@ -5,15 +5,20 @@ Which go, and what is left without them, is in `tuner/cut.py`; here is the pass,
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
+from pelton.compress.budget import Measure, Pruned, within_latency
 from pelton.compress.steps import adapter_of, take_step
 from pelton.errors import AdapterError
+from pelton.insight.latency import Ratio, Timer
 from pelton.registry import require
 from pelton.tuner.cut import Entry, left_of, over_budget, weighed, without
+from pelton.tuner.model import PeltonModel
 from pelton.tuner.recast import adapter_tensors
+from pelton.tuner.twin import plain_twin, twin
 
 THRESHOLD = 0.05
 
@@ -24,32 +29,37 @@ def prune(
     threshold: float | None = None,
     keep: int | None = None,
     budget_params: int | None = None,
+    budget_latency: float | None = None,
+    timer: Timer | None = None,
     importance: Mapping[str, Mapping[str, float]] | None = None,
     adapter: str | None = None,
-) -> list[Entry]:
+) -> Pruned:
     """Takes the least important methods out of the blocks; `revive` brings them back.
 
-    One of three ways says how much goes; without any it is `threshold=0.05`.
+    One of four ways says how much goes; without any it is `threshold=0.05`.
 
     Args:
         model: A model with an adapter.
         threshold: Everything less important goes.
         keep: So many stay, the most important ones.
         budget_params: The least important go until what is left of the methods has at most so many parameters.
+        budget_latency: Methods go until inference takes at most so many times as long as with the plain backbone,
+            such as 1.05; what goes is what helps least for the time it takes. The time is measured.
+        timer: Measures it: `Stopwatch(batches)`.
         importance: A number by block number and kind, such as `taylor` or `leave_one_out` give; the gate values when
             not given, which constant gates have.
         adapter: Its name; the active one when not given.
 
     Returns:
-        What went, the least important first.
+        What went, the least important first; its `latency` holds the times, where they were measured.
 
     Raises:
         AdapterError: nothing would be left, a budget cannot be met, or there is no importance to go by; nothing is
             changed.
     """
     tuner, name = adapter_of(model, adapter)
-    entries = weighed(tuner, name, importance)
-    asked = {"threshold": threshold, "keep": keep, "budget_params": budget_params}
+    entries, latency = weighed(tuner, name, importance), None
+    asked = {"threshold": threshold, "keep": keep, "budget_params": budget_params, "budget_latency": budget_latency}
     given = [key for key, value in asked.items() if value is not None]
     if len(given) > 1:
         raise AdapterError(f"{' and '.join(given)} exclude each other: say in one way how much is to go.")
@@ -58,6 +68,11 @@ def prune(
         gone = entries[: max(0, len(entries) - keep)]
     elif budget_params is not None:
         gone = over_budget(entries, budget_params)
+    elif budget_latency is not None:
+        require(0 < budget_latency < math.inf, "0 < budget_latency < inf", budget_latency=budget_latency)
+        measure = _measuring(model, tuner, name, timer)
+        stacks = {gated.block.index: gated.block.stack for gated in tuner.blocks()}
+        gone, latency = within_latency(entries, stacks, budget_latency, measure)
     else:
         gone = [entry for entry in entries if entry.importance < (THRESHOLD if threshold is None else threshold)]
     if len(gone) == len(entries):
@@ -67,6 +82,30 @@ def prune(
             f"{highest:.3g}. Lower the threshold below that, or take the adapter off with unload()."
         )
     if gone:
-        tensors = left_of(tuner, name, adapter_tensors(tuner, name), gone)
-        take_step(tuner, name, "prune", without(tuner.peft_config[name], gone), tensors)
-    return gone
+        _take(tuner, name, gone)
+    return Pruned(gone, latency)
+
+
+def _measuring(model: nn.Module, tuner: PeltonModel, name: str, timer: Timer | None) -> Measure:
+    """Returns what times the model without some methods: copies over the same weights, pruned in earnest."""
+    if timer is None:
+        raise AdapterError("budget_latency is met by measuring: give timer=Stopwatch(batches), with typical batches.")
+    if name not in tuner.active_adapters:
+        raise AdapterError(f"Adapter {name!r} is not active, so it takes no time. Call set_adapter({name!r}).")
+    plain = plain_twin(model)
+
+    def trial(gone: Sequence[Entry]) -> nn.Module:
+        other = twin(model)
+        if gone:
+            _take(adapter_of(other, name)[0], name, gone)
+        return other
+
+    def measure(sets: Sequence[Sequence[Entry]]) -> list[Ratio]:
+        return timer([trial(gone) for gone in sets], plain)
+
+    return measure
+
+
+def _take(tuner: PeltonModel, name: str, gone: Sequence[Entry]) -> None:
+    tensors = left_of(tuner, name, adapter_tensors(tuner, name), gone)
+    take_step(tuner, name, "prune", without(tuner.peft_config[name], gone), tensors)

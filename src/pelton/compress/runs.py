@@ -11,11 +11,13 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from safetensors import SafetensorError
 
+from pelton.compress.budget import Latency, Pruned
 from pelton.compress.fold import fold
 from pelton.compress.freeze import Statistic, freeze_gates
 from pelton.compress.importance import leave_one_out, taylor
@@ -24,6 +26,7 @@ from pelton.compress.prune import prune
 from pelton.compress.shrink import shrink
 from pelton.compress.steps import adapter_of, revive
 from pelton.errors import AdapterError, TrainingError
+from pelton.insight.latency import Stopwatch
 from pelton.tasks.base import Examples
 from pelton.tasks.load import Loaded, load_task
 from pelton.training.backbone import quiet
@@ -35,6 +38,8 @@ from pelton.tuner.model import PeltonModel
 By = Literal["gate", "taylor", "leave-one-out", "contribution"]
 EXAMPLES = 512
 """Training examples that constants and importances come from."""
+TIMED = 2
+"""Batches of them that times are measured on."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,7 @@ class Change:
         after: The metrics behind it.
         parameters: Of the adapter, before and after.
         gone: The methods that went, the least important first.
+        latency: The inference time before and after, where it was measured.
     """
 
     name: str
@@ -56,6 +62,7 @@ class Change:
     after: dict[str, float]
     parameters: tuple[int, int]
     gone: tuple[Entry, ...] = ()
+    latency: Latency | None = None
 
 
 def freeze_run(path: Path, statistic: Statistic = "mean") -> Change:
@@ -80,6 +87,7 @@ def prune_run(
     threshold: float | None = None,
     keep: int | None = None,
     budget_params: int | None = None,
+    budget_latency: float | None = None,
 ) -> Change:
     """Takes the least important methods out of a run's adapter; see `prune`.
 
@@ -90,6 +98,7 @@ def prune_run(
         threshold: As in `prune`.
         keep: As in `prune`.
         budget_params: As in `prune`.
+        budget_latency: As in `prune`, measured on batches of training examples.
     """
 
     def act(run: Run, data: Loaded) -> list[Entry]:
@@ -98,6 +107,8 @@ def prune_run(
             threshold=threshold,
             keep=keep,
             budget_params=budget_params,
+            budget_latency=budget_latency,
+            timer=Stopwatch(tuple(islice(training_batches(run, data, labelled=False), TIMED))),
             importance=_importance(run, data, by),
         )
 
@@ -195,9 +206,9 @@ def _change(path: Path, name: str, act: Callable[[Run, Loaded], list[Entry]]) ->
     features = run.task.judged(examples, run.processor)
     before, size = run.evaluate(examples, features), adapter_size(tuner, adapter)
     gone = act(run, data)
-    change = Change(
-        name, split, before, run.evaluate(examples, features), (size, adapter_size(tuner, adapter)), tuple(gone)
-    )
+    after, sizes = run.evaluate(examples, features), (size, adapter_size(tuner, adapter))
+    latency = gone.latency if isinstance(gone, Pruned) else None
+    change = Change(name, split, before, after, sizes, tuple(gone), latency)
     _exchange(run)
     record_run_gates(run, data.some())
     folder = run.folder
