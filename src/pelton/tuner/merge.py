@@ -15,7 +15,8 @@ from pelton.gates import StaticGate
 from pelton.methods import METHODS, BitFit
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.plan import EDITS, Edit, Edits
-from pelton.tuner.quantised import Rounding, Scheme, put, scheme_of
+from pelton.tuner.quantised import Rounding, put, scheme_of
+from pelton.tuner.schemes import Scheme
 
 
 @dataclass(frozen=True)
