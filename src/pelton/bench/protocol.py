@@ -127,7 +127,7 @@ class Protocol:
         steps = self.steps(cell.examples)
         rate = "backbone_learning_rate" if cell.method == "full" else "learning_rate"
         method = self._method(cell.method)
-        gates = {} if cell.method == "full" else {"gate_learning_rate": cell.rate * method.gate_share}
+        gates = {} if cell.method in ("full", "head") else {"gate_learning_rate": cell.rate * method.gate_share}
         values = {
             "name": "cell",
             "backbone": self.backbone,
