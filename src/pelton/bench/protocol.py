@@ -63,8 +63,8 @@ METHODS: dict[str, Method] = {
     "ia3": Method({"preset": "ia3"}, (3e-3, 1e-2)),
     "bitfit": Method({"preset": "bitfit"}, (1e-3, 3e-3)),
     "unipelt": Method({"preset": "unipelt"}, (1e-3, 3e-3), single=False),
-    "pelton": Method({"preset": "default"}, (1e-3, 2e-3), False, "gradient", GATE_SHARE),
-    "pelton-all": Method(_gated_everywhere(), (1e-3, 2e-3), False, "gradient", GATE_SHARE),
+    "pelton": Method({"preset": "default"}, (5e-4, 1e-3), False, "gradient", GATE_SHARE),
+    "pelton-all": Method(_gated_everywhere(), (5e-4, 1e-3), False, "gradient", GATE_SHARE),
     "lora-all-gradient": Method(_lora_everywhere(rank=8), (5e-4, 1e-3), False, "gradient"),
 }
 """`pelton-all` is the default with its LoRA on every linear site, as its rival `lora-all` has it;

@@ -34,12 +34,12 @@ class Common(TypedDict, total=False):
 
 
 def default_methods() -> tuple[MethodSpec, ...]:
-    """Returns the recommended methods: LoRA on values, attention output and feed-forward input, and a bottleneck.
+    """Returns the recommended methods: LoRA on all of attention and the feed-forward input, and a bottleneck behind it.
 
-    They are the cheapest that learned named entities from 100 sentences as fast as LoRA on every linear layer does; a
-    prefix did not help there, and costs most of all methods (`docs/design-notes.md`).
+    LoRA on the feed-forward output is left to the bottleneck, which stands there: its input is the widest tensor of a
+    block, and reading it once more costs as much as the other sites together (`docs/design-notes.md`).
     """
-    return (LoRA(sites=("attn.v", "attn.out", "ffn.in")), Bottleneck())
+    return (LoRA(sites=("attn.q", "attn.k", "attn.v", "attn.out", "ffn.in")), Bottleneck())
 
 
 def default_gate() -> GateSpec:
