@@ -89,8 +89,10 @@ def resume(path: Path | str, *, progress: bool = False, callbacks: Sequence[Trai
             data = load_task(run.recipe.task, run.recipe.training.seed)
             with _noting(folder):
                 return _finish(run, data)
-        prepared = prepare(load_recipe(folder.recipe))
-        return _complete(folder, prepared, folder.last_checkpoint(), progress, callbacks)
+        prepared, checkpoint = prepare(load_recipe(folder.recipe)), folder.last_checkpoint()
+        if checkpoint is None:
+            initialize(prepared)
+        return _complete(folder, prepared, checkpoint, progress, callbacks)
 
 
 def _complete(
