@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from pelton.compress.shrink import shrink
     from pelton.compress.steps import revive
     from pelton.errors import PeltonError
+    from pelton.export.onnx import to_onnx
     from pelton.export.peft import from_peft, to_peft
     from pelton.gates import FixedGate, FrozenGate, LinearGate, MLPGate, ScalarGate, register_gate
     from pelton.gates.recording import GateLog, record_gates
@@ -50,6 +51,7 @@ _HOME = {
     "pelton.compress.shrink": ("shrink",),
     "pelton.compress.steps": ("revive",),
     "pelton.errors": ("PeltonError",),
+    "pelton.export.onnx": ("to_onnx",),
     "pelton.export.peft": ("from_peft", "to_peft"),
     "pelton.gates": ("FixedGate", "FrozenGate", "LinearGate", "MLPGate", "ScalarGate", "register_gate"),
     "pelton.gates.recording": ("GateLog", "record_gates"),
@@ -111,6 +113,7 @@ __all__ = [
     "set_temperature",
     "shrink",
     "taylor",
+    "to_onnx",
     "to_peft",
     "unfold",
 ]

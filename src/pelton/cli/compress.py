@@ -119,10 +119,21 @@ def combine(
 
 def convert(
     run: RunPath,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="A folder; RUN/peft if not given.")] = None,
+    to: Annotated[
+        Literal["peft", "onnx"], typer.Option(help="A PEFT LoRA folder, or a folder with model.onnx for ONNX Runtime.")
+    ] = "peft",
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder; RUN/peft or RUN/onnx if not given.")
+    ] = None,
 ) -> None:
-    """Write a run's frozen LoRA as a standard PEFT folder."""
+    """Write a run in another format: its frozen LoRA as a standard PEFT folder, or its whole model as ONNX."""
+    place = run / to if output is None else output
+    if to == "onnx":
+        from pelton.export.onnx import run_to_onnx
+
+        print(run_to_onnx(run, place))
+        return
     from pelton.export.peft import to_peft
     from pelton.training.run import Run
 
-    print(to_peft(Run.load(run).model, run / "peft" if output is None else output))
+    print(to_peft(Run.load(run).model, place))

@@ -29,6 +29,7 @@ from pelton.errors import AdapterError, unknown
 from pelton.gates import FrozenGate, GateSpec
 from pelton.methods import LoRA
 from pelton.registry import require
+from pelton.tuner.atomic import atomic
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.model import PeltonModel
 from pelton.tuner.recast import adapter_tensors, recast, with_changes
@@ -55,6 +56,7 @@ class Combined:
         return sum(self.lost.values()) / len(self.lost) if self.lost else 0.0
 
 
+@atomic
 def combine(
     model: nn.Module,
     weights: Mapping[str, float],
@@ -93,12 +95,8 @@ def combine(
     mix = _Mix(list(weights.values()), how, density, torch.Generator().manual_seed(seed))
     config, tensors, lost = _combined(tuner, configs, mix, rank)
     cast(Any, model).add_adapter(name, copy.copy(config))
-    try:
-        recast(tuner, name, with_changes(tuner.peft_config[name]), tensors)
-        _combine_heads(tuner, list(weights), name, mix)
-    except BaseException:
-        cast(Any, model).delete_adapter(name)
-        raise
+    recast(tuner, name, with_changes(tuner.peft_config[name]), tensors)
+    _combine_heads(tuner, list(weights), name, mix)
     return Combined(name, lost)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pelton.compress.steps import adapter_of
 from pelton.errors import AdapterError
 from pelton.methods import MethodSpec, Prefix, PrefixPart
+from pelton.tuner.atomic import as_before
 from pelton.tuner.attention import Projection
 from pelton.tuner.block import gate_of
 from pelton.tuner.config import PeltonConfig
@@ -32,7 +33,7 @@ from pelton.tuner.controls import tuners
 from pelton.tuner.cut import static_values
 from pelton.tuner.merge import Change, check_layers, check_static, check_untied, fold_block
 from pelton.tuner.model import PeltonModel
-from pelton.tuner.quantised import Lost, lost, put, scheme_of, stored
+from pelton.tuner.quantised import Lost, lost, scheme_of, stored
 from pelton.tuner.recast import adapter_tensors, recast, with_changes
 from pelton.tuner.store import digest
 
@@ -113,22 +114,17 @@ def fold(model: nn.Module, *, adapter: str | None = None, requantize: bool = Fal
     changes = {keys[id(change.parameter)]: change for change in found}
     record = _record(tuner, name, changes, rounded)
     rest = None if all(kinds.values()) else _rest(tuner, name)
-    try:
-        for change in changes.values():
-            change.write()
+    with as_before(model) as before:
+        before.write(list(changes.values()))
         now = digest(stored(tuner.model, changes))
         if rest is not None:
             config, tensors = rest
             config.steps = ()
             config.folded = {"weights": sorted(changes), "digest": now}
             recast(tuner, name, config, tensors)
-    except BaseException:
-        for key, change in changes.items():
-            put(change.layer, change.slot, record.weights[key], change.scheme)
-        raise
-    plain: nn.Module = model if rest is not None else tuner.unload_trained()
-    setattr(plain, RECORD, dataclasses.replace(record, digest=now))
-    return plain
+        plain: nn.Module = model if rest is not None else tuner.unload_trained()
+        setattr(plain, RECORD, dataclasses.replace(record, digest=now))
+        return plain
 
 
 def folded_loss(model: nn.Module) -> Lost | None:
@@ -154,14 +150,24 @@ def unfold(model: nn.Module) -> nn.Module:
     backbone: nn.Module = found[0].model if found else model
     if digest(stored(backbone, record.weights)) != record.digest:
         raise AdapterError("The folded weights have changed since: unfolding would lose what they learned.")
-    for key, value in record.weights.items():
-        path, _, slot = key.rpartition(".")
-        layer = backbone.get_submodule(path)
-        put(layer, slot, value, scheme_of(layer, path))
-    if found:
-        recast(found[0], record.adapter, record.config, record.tensors)
-        del model.__dict__[RECORD]
-        return model
+    changes = [_change_back(backbone, key, value) for key, value in record.weights.items()]
+    with as_before(model) as before:
+        before.write(changes)
+        if found:
+            recast(found[0], record.adapter, record.config, record.tensors)
+            del model.__dict__[RECORD]
+            return model
+        return _attached(model, record)
+
+
+def _change_back(backbone: nn.Module, key: str, value: Tensor) -> Change:
+    path, _, slot = key.rpartition(".")
+    layer = backbone.get_submodule(path)
+    return Change(layer, slot, value, scheme_of(layer, path))
+
+
+def _attached(model: nn.Module, record: Folded) -> nn.Module:
+    """Attaches an adapter that was folded whole."""
     del model.__dict__[RECORD]
     gated = get_peft_model(cast(Any, model), copy.copy(record.config), adapter_name=record.adapter)
     tuner, name = adapter_of(gated, record.adapter)

@@ -19,6 +19,7 @@ from pelton.compress.over import Batches, BlockValues, run_over
 from pelton.compress.steps import adapter_of, take_step
 from pelton.errors import AdapterError, unknown
 from pelton.gates import FrozenGate, Gate, StaticGate
+from pelton.tuner.atomic import atomic
 from pelton.tuner.block import GatedBlock, gate_of
 from pelton.tuner.model import PeltonModel
 from pelton.tuner.recast import adapter_tensors, with_changes
@@ -27,6 +28,7 @@ Statistic = Literal["mean", "median", "fit"]
 STATISTICS = ("mean", "median", "fit")
 
 
+@atomic
 def freeze_gates(
     model: nn.Module,
     batches: Batches | Mapping[str, Batches] | None = None,

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from pelton.compress.over import Batches, BlockValues, evaluating
 from pelton.compress.steps import adapter_of
 from pelton.errors import AdapterError
+from pelton.tuner.atomic import atomic
 from pelton.tuner.block import GatedBlock, gate_of
 
 
+@atomic
 def taylor(model: nn.Module, batches: Batches, *, adapter: str | None = None) -> BlockValues:
     """Returns each method's first-order importance, by block number and kind.
 
@@ -56,6 +58,7 @@ def taylor(model: nn.Module, batches: Batches, *, adapter: str | None = None) ->
     return {str(block.block.index): _by_kind(block, name, sums[id(block)] / examples) for block in blocks}
 
 
+@atomic
 def leave_one_out(model: nn.Module, score: Callable[[], float], *, adapter: str | None = None) -> BlockValues:
     """Returns by how much the score falls without each method, by block number and kind.
 

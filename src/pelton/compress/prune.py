@@ -15,6 +15,7 @@ from pelton.compress.steps import adapter_of, take_step
 from pelton.errors import AdapterError
 from pelton.insight.latency import Ratio, Timer
 from pelton.registry import require
+from pelton.tuner.atomic import atomic
 from pelton.tuner.cut import Entry, left_of, over_budget, weighed, without
 from pelton.tuner.model import PeltonModel
 from pelton.tuner.recast import adapter_tensors
@@ -23,6 +24,7 @@ from pelton.tuner.twin import plain_twin, twin
 THRESHOLD = 0.05
 
 
+@atomic
 def prune(
     model: nn.Module,
     *,

@@ -7,15 +7,11 @@ written.
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, cast
-
-from safetensors import SafetensorError
 
 from pelton.compress.budget import Latency, Pruned
 from pelton.compress.fold import fold
@@ -31,9 +27,11 @@ from pelton.tasks.base import Examples
 from pelton.tasks.load import Loaded, load_task
 from pelton.training.backbone import quiet
 from pelton.training.fit import record_run_gates
+from pelton.training.folder import RunFolder
 from pelton.training.run import Run
 from pelton.tuner.cut import Entry
 from pelton.tuner.model import PeltonModel
+from pelton.tuner.store import draft_beside, exchange
 
 By = Literal["gate", "taylor", "leave-one-out", "contribution"]
 EXAMPLES = 512
@@ -162,8 +160,7 @@ def fold_run(path: Path, output: Path) -> tuple[Change, bool]:
     folded = replace(run, model=plain)
     rest = 0 if whole else adapter_size(tuner, adapter)
     change = Change("fold", split, before, folded.evaluate(examples, features), (size, rest))
-    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.absolute().parent))
-    try:
+    with draft_beside(output) as draft:
         with quiet():
             if not whole:
                 cast(Any, plain).save_pretrained(draft / "adapter")
@@ -171,10 +168,7 @@ def fold_run(path: Path, output: Path) -> tuple[Change, bool]:
             place = draft if whole else draft / "model"
             cast(Any, plain).save_pretrained(place)
             run.processor.save_pretrained(place)
-        draft.chmod(0o755)
         draft.rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
     return change, whole
 
 
@@ -209,11 +203,7 @@ def _change(path: Path, name: str, act: Callable[[Run, Loaded], list[Entry]]) ->
     after, sizes = run.evaluate(examples, features), (size, adapter_size(tuner, adapter))
     latency = gone.latency if isinstance(gone, Pruned) else None
     change = Change(name, split, before, after, sizes, tuple(gone), latency)
-    _exchange(run)
-    record_run_gates(run, data.some())
-    folder = run.folder
-    noted = folder.read("changes") if (folder.path / "changes.json").is_file() else []
-    folder.write("changes", [*noted, asdict(change)])
+    _write(run, data, change)
     return change
 
 
@@ -246,24 +236,14 @@ def training_batches(run: Run, data: Loaded, *, labelled: bool) -> Iterator[Mapp
         yield collate([features[row] for row in range(start, min(start + size, len(features)))])
 
 
-def _exchange(run: Run) -> None:
-    """Writes the adapter beside its folder, and puts it in its place when it is whole."""
-    place = run.folder.adapter
-    draft = Path(tempfile.mkdtemp(prefix=".adapter-", dir=run.folder.path))
-    old = place.with_name(".adapter-old")
-    try:
+def _write(run: Run, data: Loaded, change: Change) -> None:
+    """Writes the smaller adapter, its gate values and what was done beside the run's, then exchanges all of them."""
+    folder = run.folder
+    noted = folder.read("changes") if (folder.path / "changes.json").is_file() else []
+    with draft_beside(folder.adapter) as draft:
+        new = RunFolder(draft)
         with quiet():
-            run.model.save_pretrained(draft)
-        draft.chmod(0o755)
-        shutil.rmtree(old, ignore_errors=True)
-        place.rename(old)
-        try:
-            draft.rename(place)
-        except OSError:
-            old.rename(place)
-            raise
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{place} could not be written and is as it was ({error}). Make room, try again.") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+            run.model.save_pretrained(new.adapter)
+        record_run_gates(replace(run, folder=new), data.some())
+        new.write("changes", [*noted, asdict(change)])
+        exchange(draft, folder.path)

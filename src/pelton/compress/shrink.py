@@ -22,6 +22,7 @@ from pelton.compress.steps import adapter_of, take_step
 from pelton.errors import AdapterError
 from pelton.methods import Bottleneck, LoRA, Prefix, PrefixPart
 from pelton.registry import require
+from pelton.tuner.atomic import atomic
 from pelton.tuner.attention import Projection
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.model import PeltonModel
@@ -49,6 +50,7 @@ class Shrunk:
     lost: float
 
 
+@atomic
 def shrink(
     model: nn.Module, *, energy: float | None = None, share: float | None = None, adapter: str | None = None
 ) -> list[Shrunk]:

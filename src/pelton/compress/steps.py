@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pelton.errors import AdapterError
+from pelton.tuner.atomic import atomic
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.controls import tuners
 from pelton.tuner.model import PeltonModel
@@ -43,6 +44,7 @@ def adapter_of(model: nn.Module, adapter: str | None) -> tuple[PeltonModel, str]
     return tuner, adapter
 
 
+@atomic
 def take_step(tuner: PeltonModel, adapter: str, name: str, config: PeltonConfig, tensors: Mapping[str, Tensor]) -> None:
     """Gives an adapter another shape, and keeps the way back.
 
@@ -65,6 +67,7 @@ def take_step(tuner: PeltonModel, adapter: str, name: str, config: PeltonConfig,
     config.steps = (*old.steps, Step(name, shape, kept, gone, digest(after)))
 
 
+@atomic
 def revive(model: nn.Module, *, adapter: str | None = None, last: bool = False) -> list[str]:
     """Brings back what passes took from an adapter: bit for bit what it was.
 

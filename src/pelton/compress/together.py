@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +14,7 @@ from pelton.training.backbone import quiet
 from pelton.training.folder import RunFolder
 from pelton.training.loading import load_recipe
 from pelton.training.run import Run
+from pelton.tuner.store import draft_beside
 
 NEW = "combined"
 
@@ -67,11 +66,9 @@ def combine_runs(
     found = combine(model, dict(zip(names, shares, strict=True)), NEW, how=how, density=density, rank=rank, seed=seed)
     model.set_adapter(NEW)
     _, examples = judged_split(load_task(run.recipe.task, run.recipe.training.seed))
-    draft = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.absolute().parent))
-    try:
+    metrics = run.evaluate(examples)
+    with draft_beside(output) as draft:
         with quiet():
             model.save_pretrained(draft, selected_adapters=[NEW])
         (draft / NEW).rename(output)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return found, run.evaluate(examples)
+    return found, metrics

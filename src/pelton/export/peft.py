@@ -26,11 +26,12 @@ from pelton.errors import AdapterError
 from pelton.gates import FixedGate, StaticGate
 from pelton.methods import LoRA
 from pelton.methods.lora import LoRAPart
+from pelton.tuner.atomic import atomic
 from pelton.tuner.block import GatedBlock, gate_of
 from pelton.tuner.config import WEIGHTS, GateLike, MethodLike, PeltonConfig
 from pelton.tuner.merge import check_static
 from pelton.tuner.model import PeltonModel
-from pelton.tuner.store import write_whole
+from pelton.tuner.store import draft_beside, exchange, write_whole
 
 KEY = "base_model.model."
 REFUSED = (
@@ -72,12 +73,18 @@ def to_peft(model: nn.Module, folder: Path | str, *, adapter: str | None = None)
         raise AdapterError(f"Every LoRA of adapter {name!r} is closed, so there is nothing to write.")
     tensors = {f"{KEY}{layer}.lora_{part}.weight": value for layer, pair in pairs.items() for part, value in _ab(pair)}
     place = Path(folder)
-    place.mkdir(parents=True, exist_ok=True)
-    write_whole(place / WEIGHTS, save({**tensors, **_heads(tuner, name)}, metadata={"format": "pt"}))
-    _config(tuner, name, pairs).save_pretrained(str(place))
+    place.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with draft_beside(place) as draft:
+        write_whole(draft / WEIGHTS, save({**tensors, **_heads(tuner, name)}, metadata={"format": "pt"}))
+        _config(tuner, name, pairs).save_pretrained(str(draft))
+        if place.exists():
+            exchange(draft, place)
+        else:
+            draft.rename(place)
     return place
 
 
+@atomic
 def from_peft(
     backbone: nn.Module,
     folder: Path | str,

@@ -51,6 +51,10 @@ class Change:
         """Puts the value in its place."""
         put(self.layer, self.slot, self.value, self.scheme)
 
+    def put_back(self, kept: Tensor) -> None:
+        """Puts back what `kept` gave."""
+        put(self.layer, self.slot, kept, self.scheme)
+
 
 def check_foldable(gated: GatedBlock, block: nn.Module, adapters: Sequence[str]) -> None:
     """Raises AdapterError unless the adapters fold exactly, and whole, into the layers of a block."""

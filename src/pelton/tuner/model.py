@@ -21,6 +21,7 @@ from torch.utils.hooks import RemovableHandle
 from pelton.anatomy import find_anatomy
 from pelton.errors import AdapterError
 from pelton.gates.penalties import wanted
+from pelton.tuner.atomic import as_before
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.checkpoint import CheckpointKeys, check_folded, check_heads
 from pelton.tuner.config import PeltonConfig
@@ -213,9 +214,11 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
             rounded = lost(change.rounding for change in changes)
             if rounded is not None:
                 warnings.warn(f"Merging into quantised weights is not exact: {rounded}.", stacklevel=3)
-            for change in changes:
-                change.write()
-        return self._take_out(merge)
+            with as_before(self) as before:
+                before.write(changes)
+                return self._take_out(trained_heads=True)
+        with as_before(self):
+            return self._take_out(trained_heads=False)
 
     def unload_trained(self) -> nn.Module:
         """Removes the gated blocks, and leaves the trained heads in their places."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pelton.anatomy import find_anatomy
 from pelton.errors import AdapterError
 from pelton.gates.static import FixedGateModule
+from pelton.tuner.atomic import as_before
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.model import CHILD, PeltonModel
@@ -53,37 +54,26 @@ def recast(tuner: PeltonModel, adapter: str, config: PeltonConfig, tensors: Mapp
     bind_parts(list(plans.values()), tuner.model)
     learns = any(p.requires_grad for p in _parameters(tuner, adapter))
     _fill(tuner, plans, tensors, learns)
-    before = {path: _Held.of(gated, adapter) for path, gated in tuner.named_blocks() if adapter in gated.wirings}
-    old = tuner.peft_config[adapter]
-    try:
+    before = [path for path, gated in tuner.named_blocks() if adapter in gated.wirings]
+    with as_before(tuner):
         for path in dict.fromkeys([*before, *plans]):
             _exchange(tuner, adapter, path, _Held.planned(plans[path]) if path in plans else None)
         tuner.peft_config[adapter] = config
-    except BaseException:
-        for path in dict.fromkeys([*before, *plans]):
-            _exchange(tuner, adapter, path, before.get(path))
-        tuner.peft_config[adapter] = old
-        raise
 
 
 @dataclass(frozen=True)
 class _Held:
-    """What one block holds of an adapter."""
+    """What one block is to hold of an adapter."""
 
-    gated: GatedBlock | None
-    plan: BlockPlan | None
+    plan: BlockPlan
     gate: nn.Module
     methods: nn.Module
     wiring: Wiring
 
     @classmethod
-    def of(cls, gated: GatedBlock, adapter: str) -> _Held:
-        return cls(gated, None, gated.gates[adapter], gated.methods[adapter], gated.wirings[adapter])
-
-    @classmethod
     def planned(cls, plan: BlockPlan) -> _Held:
         methods = nn.ModuleDict({kind: nn.ModuleDict(parts) for kind, parts in plan.parts.items()})
-        return cls(None, plan, plan.gate, methods, plan.wiring)
+        return cls(plan, plan.gate, methods, plan.wiring)
 
 
 def _exchange(tuner: PeltonModel, adapter: str, path: str, held: _Held | None) -> None:
@@ -94,11 +84,8 @@ def _exchange(tuner: PeltonModel, adapter: str, path: str, held: _Held | None) -
         gated.taps.disconnect()
     elif held is None:
         return
-    elif held.gated is not None:
-        gated = held.gated
-        parent.add_module(CHILD, gated)
     else:
-        gated = _new_block(tuner, cast(BlockPlan, held.plan))
+        gated = _new_block(tuner, held.plan)
         parent.add_module(CHILD, gated)
     if held is not None:
         gated.gates[adapter], gated.methods[adapter], gated.wirings[adapter] = held.gate, held.methods, held.wiring

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +94,41 @@ def write_whole(path: Path, content: bytes) -> None:
         Path(name).replace(path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def draft_beside(place: Path) -> Iterator[Path]:
+    """Gives a hidden folder beside a place, to be filled and then moved there; what is left of it in the end goes.
+
+    Raises:
+        AdapterError: the disk is full, or nothing may be written there.
+    """
+    draft = place.absolute().with_name(f".{place.name}-{uuid.uuid4().hex}")
+    try:
+        draft.mkdir()
+        yield draft
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{place} could not be written and is as it was ({error}). Make room, try again.") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def exchange(draft: Path, folder: Path) -> None:
+    """Moves every file and folder of a draft into another folder, in place of those of the same names: all or none."""
+    new, old = sorted(draft.iterdir()), draft / ".old"
+    old.mkdir()
+    try:
+        for entry in new:
+            if (folder / entry.name).exists():
+                (folder / entry.name).rename(old / entry.name)
+            entry.rename(folder / entry.name)
+    except BaseException:
+        for entry in new:
+            if not entry.exists():
+                (folder / entry.name).rename(entry)
+            if (old / entry.name).exists():
+                (old / entry.name).rename(folder / entry.name)
         raise
 
 
