@@ -23,11 +23,20 @@ SITES = (*LINEAR_SITES, "attn")
 
 
 @dataclasses.dataclass(frozen=True)
+class Grid:
+    """How the patches of an image lie: rows and columns at the size of the config, and how many other tokens lead."""
+
+    rows: int
+    columns: int
+    special: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Shape:
     """The sizes of the place that a part is built for.
 
     At a linear site `in_features` and `out_features` are the layer's. At `attn` they are the width of the block and
-    the width of its keys, which is `kv_heads * head_dim`.
+    the width of its keys, which is `kv_heads * head_dim`; `grid` is there where the tokens are patches of an image.
     """
 
     site: str
@@ -35,6 +44,8 @@ class Shape:
     out_features: int
     kv_heads: int = 0
     head_dim: int = 0
+    heads: int = 0
+    grid: Grid | None = None
 
 
 class Part(nn.Module):
@@ -120,7 +131,7 @@ class MethodSpec(Spec):
         return dataclasses.replace(self, **{self.size: size})
 
     def build(self, shape: Shape) -> nn.Module:
-        """Makes the trainable part for one place: a `Part`, or at `attn` a `PrefixPart`."""
+        """Makes the trainable part for one place: a `Part`, or at `attn` a `PrefixPart` or a `DilatedPart`."""
         raise NotImplementedError
 
     def share(self, shapes: Sequence[Shape], parts: Sequence[nn.Module]) -> None:
