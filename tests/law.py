@@ -18,7 +18,20 @@ from peft import (
 )
 from torch import Tensor
 
-from pelton import IA3, BitFit, Bottleneck, FixedGate, LinearGate, LoRA, MLPGate, Peft, PeltonConfig, Prefix, ScalarGate
+from pelton import (
+    IA3,
+    BitFit,
+    Bottleneck,
+    DilatedAttention,
+    FixedGate,
+    LinearGate,
+    LoRA,
+    MLPGate,
+    Peft,
+    PeltonConfig,
+    Prefix,
+    ScalarGate,
+)
 from pelton.gates import GateSpec
 from pelton.methods import LINEAR_SITES, MethodSpec
 from zoo import Arch
@@ -46,6 +59,9 @@ METHODS: dict[str, MethodSpec] = {
     "prefix-kv": Prefix(prefix_length=3, init_std=1.0),
     "prefix-mlp": Prefix(prefix_length=3, parametrisation="mlp", mlp_size=6, init_std=1.0),
     "prefix-token": Prefix(prefix_length=3, parametrisation="token", init_std=1.0),
+    "dilated": DilatedAttention(segment=4, dilation=2, space="sequence"),
+    "dilated-rates": DilatedAttention(segment=(4, 6), dilation=(2, 1), heads=(0, 3), space="sequence"),
+    "dilated-grid": DilatedAttention(kernel=3, dilation=1, space="grid"),
     "ia3": IA3(sites=("attn.k", "attn.v", "ffn.in", "ffn.out")),
     "bitfit": BitFit(),
     "loha": peft_method("loha"),
@@ -62,11 +78,13 @@ GATES: dict[str, GateSpec] = {
     "fixed": FixedGate(0.4),
 }
 
-TOGETHER = ("lora", "bottleneck", "prefix-kv", "ia3", "bitfit")
+TOGETHER = ("lora", "bottleneck", "prefix-kv", "dilated", "ia3", "bitfit")
 
 
 def arch_methods(arch: Arch) -> list[str]:
-    return [name for name in METHODS if arch.prefix or not name.startswith("prefix")]
+    lacks = {"prefix": not arch.prefix, "dilated": not arch.prefix or arch.windowed}
+    names = [name for name in METHODS if not lacks.get(name.split("-")[0], False)]
+    return [name for name in names if arch.grid or name != "dilated-grid"]
 
 
 def together(arch: Arch) -> list[MethodSpec]:

@@ -47,7 +47,8 @@ SEQ2SEQ = dict(
 class Arch:
     """One architecture.
 
-    `kind` decides the inputs; `prefix` says whether attention goes through transformers' interface; `causal` whether
+    `kind` decides the inputs; `prefix` says whether attention goes through transformers' interface; `windowed` whether
+    it runs inside windows of an image; `grid` whether tokens are an image's patches; `causal` whether
     the output has one row per token that may see only what came before; `checkpoints` whether transformers can
     checkpoint it.
     """
@@ -56,6 +57,8 @@ class Arch:
     make: Callable[[], nn.Module]
     kind: str = "text"
     prefix: bool = True
+    windowed: bool = False
+    grid: bool = False
     causal: bool = False
     checkpoints: bool = True
     out: Callable[[Any], Tensor] = lambda o: o.logits
@@ -185,10 +188,10 @@ ARCHS = {
         Arch("phi3", _decoder("Phi3"), causal=True),
         Arch("t5", _t5, kind="seq2seq", causal=True),
         Arch("bart", lambda: tf.BartForConditionalGeneration(tf.BartConfig(**SEQ2SEQ)), kind="seq2seq", causal=True),
-        Arch("vit", lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION)), kind="image"),
-        Arch("swin", _swin, kind="image"),
-        Arch("dinov2", lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(**VISION)), kind="image"),
-        Arch("beit", lambda: tf.BeitForImageClassification(tf.BeitConfig(**VISION)), kind="image"),
+        Arch("vit", lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION)), kind="image", grid=True),
+        Arch("swin", _swin, kind="image", windowed=True),
+        Arch("dinov2", lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(**VISION)), kind="image", grid=True),
+        Arch("beit", lambda: tf.BeitForImageClassification(tf.BeitConfig(**VISION)), kind="image", grid=True),
         Arch("whisper", _whisper, kind="audio", causal=True, out=lambda o: o.last_hidden_state),
         Arch("clip", _clip, kind="image-text", out=_embeddings),
         Arch("blip", _blip, kind="image-text", prefix=False, checkpoints=False, out=lambda o: o.itm_score),

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pelton.insight.drift import GateDrift, gate_drift
     from pelton.insight.latency import Stopwatch
     from pelton.insight.monitor import DriftMonitor
-    from pelton.methods import IA3, BitFit, Bottleneck, LoRA, Prefix, register_method
+    from pelton.methods import IA3, BitFit, Bottleneck, DilatedAttention, LoRA, Prefix, register_method
     from pelton.tuner import (
         Peft,
         PeltonConfig,
@@ -58,7 +58,7 @@ _HOME = {
     "pelton.insight.drift": ("GateDrift", "gate_drift"),
     "pelton.insight.latency": ("Stopwatch",),
     "pelton.insight.monitor": ("DriftMonitor",),
-    "pelton.methods": ("IA3", "BitFit", "Bottleneck", "LoRA", "Prefix", "register_method"),
+    "pelton.methods": ("IA3", "BitFit", "Bottleneck", "DilatedAttention", "LoRA", "Prefix", "register_method"),
     "pelton.tuner": (
         "Peft",
         "PeltonConfig",
@@ -76,6 +76,7 @@ __all__ = [
     "IA3",
     "BitFit",
     "Bottleneck",
+    "DilatedAttention",
     "DriftMonitor",
     "FixedGate",
     "FrozenGate",

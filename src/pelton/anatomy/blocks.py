@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable
 
 from pelton.errors import AnatomyError, unknown
-from pelton.methods import SITES, Shape
+from pelton.methods import SITES, Grid, Shape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Block:
         norm: a module inside the block whose output, [B, T, D], gates read instead of the attention's input, where
             the attention does not see whole examples.
         mask: the name of the attention's mask argument; None where its mask does not mean padding.
+        heads: how many query heads the attention has; 0 where `attn` is missing.
+        grid: how the tokens lie on an image; None where they are not the patches of one.
     """
 
     name: str
@@ -63,6 +65,8 @@ class Block:
     head_dim: int
     norm: str | None
     mask: str | None
+    heads: int
+    grid: Grid | None
 
     @property
     def windowed(self) -> bool:
@@ -72,7 +76,9 @@ class Block:
     def shapes(self, site: str) -> tuple[Shape, ...]:
         """Returns the sizes of a site's places, in their order."""
         return tuple(
-            Shape(site, place.in_features, place.out_features, self.kv_heads, self.head_dim)
+            Shape(
+                site, place.in_features, place.out_features, self.kv_heads, self.head_dim, self.heads, self.grid
+            )
             for place in self.sites[site]
         )
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pelton.anatomy.blocks import Anatomy, Block, Place
+from pelton.anatomy.grids import grid_of
 from pelton.anatomy.rows import DEFAULT, ROWS, Row
 from pelton.errors import AnatomyError
 from pelton.methods import LINEAR_SITES
@@ -109,6 +110,8 @@ def _describe(name: str, index: int, query: str, modules: dict[str, nn.Module]) 
     config = getattr(attn, "config", None)
     causal = bool(getattr(attn, "is_causal", getattr(config, "is_decoder", False)))
     arguments = inspect.signature(attn.forward).parameters
+    kv_heads = sites["attn"][0].out_features // head_dim if "attn" in sites else 0
+    groups = getattr(attn, "num_key_value_groups", None)
     return Block(
         name=name,
         index=index,
@@ -118,10 +121,12 @@ def _describe(name: str, index: int, query: str, modules: dict[str, nn.Module]) 
         causal=causal if row.causal is None else row.causal,
         sites=sites,
         missing=missing,
-        kv_heads=sites["attn"][0].out_features // head_dim if "attn" in sites else 0,
+        kv_heads=kv_heads,
         head_dim=head_dim if "attn" in sites else 0,
         norm=row.norm,
         mask=next((m for m in _MASKS if m in arguments), None) if row.padding else None,
+        heads=kv_heads * groups if groups else sites["attn.q"][0].out_features // head_dim if kv_heads else 0,
+        grid=grid_of(row, config, name, modules),
     )
 
 

@@ -24,6 +24,8 @@ class Row:
         norm: see `Block.norm`.
         causal: overrides what the attention module says of itself.
         padding: whether the attention's mask tells padding from tokens.
+        grid: True where the tokens are all patches of one image, row by row, behind the others ([CLS], registers);
+            False where they never are; None where it is for the user to say.
     """
 
     sites: Mapping[str, str]
@@ -32,6 +34,7 @@ class Row:
     norm: str | None = None
     causal: bool | None = None
     padding: bool = True
+    grid: bool | None = None
 
 
 DEFAULT = Row(
@@ -54,12 +57,28 @@ def _like_default(fused: Mapping[str, tuple[str, ...]] | None = None, **sites: s
     return Row(sites={**DEFAULT.sites, **renamed}, fused=fused or {})
 
 
+_PATCHES = (
+    "beit",
+    "clip_vision_model",
+    "data2vec-vision",
+    "deit",
+    "dinov2",
+    "dinov2_with_registers",
+    "dinov3_vit",
+    "ijepa",
+    "siglip_vision_model",
+    "vit",
+    "vit_msn",
+)
+
 ROWS: dict[str, Row] = {
     "gpt2": _like_default({r"attn\.c_attn": _QKV}, attn_out=r"attn\.c_proj", ffn_out=r"mlp\.c_proj"),
     "modernbert": _like_default({r"attn\.Wqkv": _QKV}, attn_out=r"attn\.Wo", ffn_in=r"mlp\.Wi", ffn_out=r"mlp\.Wo"),
     "phi3": _like_default({r"self_attn\.qkv_proj": _QKV}),
     "blip_vision_model": _like_default({r"self_attn\.qkv": _QKV}, attn_out=r"self_attn\.projection"),
     "clip_text_model": dataclasses.replace(DEFAULT, causal=True),
+    **{name: dataclasses.replace(DEFAULT, grid=True) for name in _PATCHES},
+    "vit_mae": dataclasses.replace(DEFAULT, grid=False),  # its encoder sees a part of the patches, shuffled
     "swin": dataclasses.replace(DEFAULT, norm="layernorm_before", padding=False),
 }
 """Rows by the `model_type` of the config that the attention module holds."""

@@ -70,15 +70,15 @@ def gates(table: pd.DataFrame, *, brief: bool = False) -> None:
     """Prints the effective weight of every method in every block; `brief` leaves the gate's kind out."""
     from pelton.insight.gates import block_labels, methods_of
 
-    methods = methods_of(table)
+    methods, original = methods_of(table), [name for name in ("original",) if name in table]
     grid = Table(box=None, title="mean gate value", title_justify="left", title_style="bold", padding=(0, 1))
     grid.add_column("block")
-    for name in (*methods, "sum"):
+    for name in (*methods, *original, "sum"):
         grid.add_column(name, justify="right")
     for name in () if brief else ("requires_grad", "is_buffer"):
         grid.add_column(name)
     for label, (_, row) in zip(block_labels(table), table.iterrows(), strict=True):
-        cells = [_gate_cell(float(row[name])) for name in methods]
+        cells = [_gate_cell(float(row[name])) for name in (*methods, *original)]
         extra = () if brief else (str(row["requires_grad"]), str(row["is_buffer"]))
         grid.add_row(label, *cells, f"{row['sum']:.2f}", *extra)
     Console().print(grid)

@@ -26,13 +26,13 @@ from pelton.compress.steps import adapter_of
 from pelton.errors import AdapterError
 from pelton.methods import MethodSpec, Prefix, PrefixPart
 from pelton.tuner.atomic import as_before
-from pelton.tuner.attention import Projection
 from pelton.tuner.block import gate_of
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.controls import tuners
 from pelton.tuner.cut import static_values
 from pelton.tuner.merge import Change, check_layers, check_static, check_untied, fold_block
 from pelton.tuner.model import PeltonModel
+from pelton.tuner.prefixes import Projection
 from pelton.tuner.quantised import Lost, lost, scheme_of, stored
 from pelton.tuner.recast import adapter_tensors, recast, with_changes
 from pelton.tuner.store import digest

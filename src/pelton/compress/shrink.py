@@ -23,9 +23,9 @@ from pelton.errors import AdapterError
 from pelton.methods import Bottleneck, LoRA, Prefix, PrefixPart
 from pelton.registry import require
 from pelton.tuner.atomic import atomic
-from pelton.tuner.attention import Projection
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.model import PeltonModel
+from pelton.tuner.prefixes import Projection
 from pelton.tuner.recast import adapter_tensors, with_changes
 
 

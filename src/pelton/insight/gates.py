@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # The columns of a summary that are not methods.
-FIXED = ("index", "block", "sum", "requires_grad", "is_buffer")
+FIXED = ("index", "block", "original", "sum", "requires_grad", "is_buffer")
 
 
 def gate_table(run: Path | str) -> pd.DataFrame:

@@ -24,11 +24,19 @@ SITES = (*LINEAR_SITES, "attn")
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-    """How the patches of an image lie: rows and columns at the size of the config, and how many other tokens lead."""
+    """How the patches of an image lie.
+
+    Attributes:
+        rows: at the image size of the config.
+        columns: likewise.
+        special: how many tokens that are no patches come first.
+        known: whether the architecture is known to have all patches, in order, and nothing behind them.
+    """
 
     rows: int
     columns: int
     special: int = 0
+    known: bool = True
 
 
 @dataclasses.dataclass(frozen=True)

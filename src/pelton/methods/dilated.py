@@ -51,7 +51,7 @@ class DilatedAttention(MethodSpec):
         dilation: r, the distance between two keys, or several; each divides its segment.
         kernel: on images, how many patches a side of the neighbourhood has, or several; odd.
         heads: the query heads that attend dilated; the others keep the original. None means all.
-        space: "sequence", "grid", or "auto": the grid of patches where the backbone has one.
+        space: "sequence", "grid", or "auto": the grid of patches on image encoders that Pelton knows to have one.
         layers: block indices; None means all.
     """
 
@@ -122,7 +122,8 @@ class DilatedPart(nn.Module):
         )
         for head in spec.heads or ():
             require(0 <= head < shape.heads, f"0 <= head < {shape.heads}", head=head)
-        self.grid = None if spec.space == "sequence" else shape.grid
+        known = shape.grid is not None and shape.grid.known
+        self.grid = shape.grid if spec.space == "grid" or (spec.space == "auto" and known) else None
         self.rates = spec.rates if self.grid is None else spec.kernels
         if self.grid is not None:
             require_room(self.grid.rows, self.grid.columns, self.rates)

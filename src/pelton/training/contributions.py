@@ -2,7 +2,8 @@
 
 A method whose gate is open but whose weights get no gradient has nothing left to learn, and one behind a closed gate
 does nothing: the product asks for both. In each block the products of a step are divided by their sum, so that 0.05 is
-a twentieth of what the block's methods do.
+a twentieth of what the block's methods do. A method without weights, such as dilated attention, has no product and is
+left out: prune it by another importance.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Meter:
             return False
         self.stop()
         self.adapter, self.blocks, self.watched = adapter, blocks, gates
-        self.places = [(block.block.index, spec.kind) for block in blocks for spec in block.wirings[adapter].methods]
+        self.places = [(block.block.index, kind) for block in blocks for kind in _weighted(block, adapter)]
         self.handles = [gate.register_forward_hook(partial(self._see, n)) for n, gate in enumerate(gates)]
         return True
 
@@ -66,16 +67,18 @@ class Meter:
             self.seen[number] = (total + _mean(gate, values.detach(), args[1]), count + 1)
 
     def measure(self) -> list[Tensor]:
-        """Returns the products of a step for each block, [methods], and forgets the gates that it saw.
+        """Returns the products of a step for each block that has any, [methods], and forgets the gates that it saw.
 
         Call it when the gradients of a step are complete. Gate values are averaged over accumulated batches.
         """
         rows = []
         for number, block in enumerate(self.blocks):
-            wiring = block.wirings[self.adapter]
-            norms = torch.stack([_norm(block, self.adapter, spec.kind) for spec in wiring.methods])
+            here = _weighted(block, self.adapter)
+            if not here:
+                continue
+            norms = torch.stack([_norm(block, self.adapter, kind) for kind in here])
             total, count = self.seen.get(number, (None, 0))
-            rows.append(norms * 0 if total is None else norms * (total / count)[list(wiring.numbers)])
+            rows.append(norms * 0 if total is None else norms * (total / count)[list(here.values())])
         self.seen = {}
         return rows
 
@@ -108,7 +111,8 @@ class Contributions(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         """Notes the shares of a step, [methods of all blocks]."""
-        self.steps.append(torch.cat([share(products) for products in self.meter.measure()]))
+        if rows := self.meter.measure():
+            self.steps.append(torch.cat([share(products) for products in rows]))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Stops watching, and writes the means over the window by block number and kind."""
@@ -132,6 +136,13 @@ def _mean(gate: Gate, values: Tensor, mask: Tensor | None) -> Tensor:
         weights = mask.expand(values.shape[:2]).to(values.dtype)[..., None]
         return (values * weights).sum(dim=(0, 1)) / weights.sum().clamp_min(1.0)
     return values.flatten(0, -2).mean(dim=0)
+
+
+def _weighted(block: GatedBlock, adapter: str) -> dict[str, int]:
+    """Returns the block's methods that have weights, each with its number among the gate values."""
+    wiring = block.wirings[adapter]
+    pairs = zip(wiring.methods, wiring.numbers, strict=True)
+    return {s.kind: n for s, n in pairs if any(True for _ in block.methods[adapter].get_submodule(s.kind).parameters())}
 
 
 def _norm(block: GatedBlock, adapter: str, kind: str) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 
 from pelton.anatomy import Block
 from pelton.gates import Gate
-from pelton.methods import Part, PrefixPart
+from pelton.methods import DilatedPart, Part, PrefixPart
 from pelton.tuner.plan import BlockPlan, Edits, Wiring
 
 if TYPE_CHECKING:
     from pelton.tuner.taps import Taps
+
+P = TypeVar("P", bound=nn.Module)
 
 Route = tuple[str, Tensor | None]
 """An adapter and the rows of the batch that it serves; None means all rows."""
@@ -142,6 +144,10 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
                     y = y.index_copy(0, at, some)
         return y
 
+    def attends(self, name: str) -> bool:
+        """Tells whether an adapter does anything inside the attention."""
+        return any("attn" in spec.sites and spec.kind not in self.off for spec in self.wirings[name].methods)
+
     def prefixes(self, name: str, batch: Tensor) -> list[tuple[PrefixPart, Tensor]]:
         """Returns an adapter's prefixes in this block, each with its gate values [B or 1, T or 1, 1].
 
@@ -149,11 +155,18 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
             name: the adapter.
             batch: any tensor with the attention's batch as its first dimension.
         """
+        return self._in_attention(PrefixPart, name, batch)
+
+    def dilations(self, name: str, batch: Tensor) -> list[tuple[DilatedPart, Tensor]]:
+        """Returns an adapter's dilated attention in this block, as `prefixes` does."""
+        return self._in_attention(DilatedPart, name, batch)
+
+    def _in_attention(self, form: type[P], name: str, batch: Tensor) -> list[tuple[P, Tensor]]:
         found, parts = [], cast(nn.ModuleDict, self.methods[name])
         wiring = self.wirings[name]
         for number, spec in zip(wiring.numbers, wiring.methods, strict=True):
             for part in cast(nn.ModuleDict, parts[spec.kind]).values():
-                if isinstance(part, PrefixPart) and spec.kind not in self.off:
+                if isinstance(part, form) and spec.kind not in self.off:
                     found.append((part, self._fit(self._values[name][..., number : number + 1], batch)))
         return found
 

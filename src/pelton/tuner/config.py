@@ -6,19 +6,22 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypedDict, Unpack, cast
+from typing import Any, Literal, Self, TypedDict, Unpack, cast
 
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
 from pelton.errors import AdapterError, SpecError, unknown
 from pelton.gates import GATES, FixedGate, GateSpec, LinearGate, MLPGate
-from pelton.methods import METHODS, Bottleneck, LoRA, MethodSpec, Prefix
+from pelton.methods import METHODS, Bottleneck, DilatedAttention, LoRA, MethodSpec, Prefix
+from pelton.registry import require
 from pelton.tuner.register import PELTON
 from pelton.tuner.store import Step, load_steps, save_steps
 
 MethodLike = MethodSpec | str | Mapping[str, Any]
 GateLike = GateSpec | str | Mapping[str, Any]
+
+Stage = Literal["pretrain", "finetune"]
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -130,6 +133,34 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
     def unipelt_ap(cls, **common: Unpack[Common]) -> Self:
         """The paper's UniPELT (AP), without LoRA."""
         return cls(methods=[Bottleneck(bottleneck_size=48), _published_prefix()], gate=LinearGate(), **common)
+
+    @classmethod
+    def dilated(
+        cls,
+        method: DilatedAttention | None = None,
+        *,
+        stage: Stage = "pretrain",
+        pretrain_dilated_ratio: float = 0.01,
+        finetune_dilated_ratio: float = 0.01,
+        others: Sequence[MethodLike] = (),
+        **common: Unpack[Common],
+    ) -> Self:
+        """Dilated attention beside the original at fixed ratios, which `pelton.set_stage` switches between.
+
+        Args:
+            method: the dilated attention; the default one when not given.
+            stage: "pretrain" or "finetune".
+            pretrain_dilated_ratio: the dilated attention's share of the output in that stage; the original has the rest.
+            finetune_dilated_ratio: likewise.
+            others: methods that work beside it, their gates fixed at 1.
+            **common: what all ways to make a config take.
+        """
+        ratios = {"pretrain": pretrain_dilated_ratio, "finetune": finetune_dilated_ratio}
+        for name, ratio in ratios.items():
+            require(0 <= ratio <= 1, f"0 <= {name}_dilated_ratio <= 1", **{f"{name}_dilated_ratio": ratio})
+        specs = [DilatedAttention() if method is None else method, *(METHODS.parse(other) for other in others)]
+        rows = {name: dict.fromkeys((s.kind for s in specs), 1.0) | {"dilated": r} for name, r in ratios.items()}
+        return cls(methods=specs, gate=FixedGate(stages=rows, stage=stage), **common)
 
     @classmethod
     def single(cls, method: MethodLike, **common: Unpack[Common]) -> Self:

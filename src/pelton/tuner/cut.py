@@ -63,6 +63,8 @@ def weighed(tuner: PeltonModel, name: str, importance: Mapping[str, Mapping[str,
                 value = float(gate.values()[number].detach())
             elif spec.kind in importance.get(str(index), {}):
                 value = float(importance[str(index)][spec.kind])
+            elif not parameters_of(gated, name, spec.kind):
+                continue  # nothing that a gradient could tell: it stays
             else:
                 raise AdapterError(f"importance has no number for {spec.kind!r} in block {index}. Give one for each.")
             found.append(Entry(index, spec.kind, value, parameters_of(gated, name, spec.kind)))

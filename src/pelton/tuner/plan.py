@@ -15,7 +15,7 @@ from pelton.anatomy import Anatomy, Block
 from pelton.anatomy import Place as Site
 from pelton.errors import AdapterError, AnatomyError, SpecError
 from pelton.gates import Gate, Place
-from pelton.methods import MethodSpec, Part, PrefixPart
+from pelton.methods import DilatedAttention, DilatedPart, MethodSpec, Part, PrefixPart
 from pelton.tuner.config import PeltonConfig
 
 Edits = Literal["input", "output"]
@@ -97,6 +97,9 @@ def make_plan(config: PeltonConfig, anatomy: Anatomy) -> list[BlockPlan]:
     for block in anatomy.blocks:
         here = (s for s in config.specs if s.layers is None or block.index in s.layers)
         methods = tuple(s for s in here if any(site in block.sites for site in s.sites))
+        for spec in methods:
+            if isinstance(spec, DilatedAttention):
+                _check_dilated(spec, block, anatomy.model_type)
         if any(m.kind not in config.pruned_from(block.index) for m in methods):
             plans.append(_plan_block(config, block, methods))
     _share(config, anatomy, plans)
@@ -202,6 +205,8 @@ def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, .
                 part = parts[spec.kind][key] = (spec if size is None else spec.resized(size)).build(shape)
                 if isinstance(part, PrefixPart):
                     _check_prefix(part, gate)
+                elif isinstance(part, DilatedPart):
+                    continue  # the attention function finds it
                 elif isinstance(part, Part):
                     _check_slice(part, spec.kind, site, place, block)
                     edit = Edit(spec.kind, number, key, place.start, place.stop, part.order)
@@ -209,7 +214,7 @@ def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, .
                     if part.origin:
                         origins[_origin(block, part.origin)] = part.origin
                 else:
-                    raise SpecError(f"{spec.kind!r} built a {type(part).__name__}; expected a Part or a PrefixPart.")
+                    raise SpecError(f"{spec.kind!r} built a {type(part).__name__}; expected a Part, PrefixPart or DilatedPart.")
     ordered = {where: tuple(sorted(some, key=lambda e: e.order)) for where, some in edits.items()}
     return BlockPlan(block, gate, parts, Wiring(left, numbers, ordered, origins))
 
@@ -233,4 +238,17 @@ def _check_prefix(part: PrefixPart, gate: Gate) -> None:
         raise SpecError(
             "`gating='mass' or granularity != 'token'` must hold, but got gating='scale', granularity='token': one "
             "scaled key cannot differ from query to query. Use Prefix(gating='mass')."
+        )
+
+
+def _check_dilated(spec: DilatedAttention, block: Block, model_type: str) -> None:
+    if block.windowed:
+        raise AnatomyError(
+            f"Attention of {model_type!r} runs in windows, inside which there is nothing to dilate: 'dilated' cannot go "
+            f"to {block.name!r}. Leave it out."
+        )
+    if spec.space == "grid" and block.grid is None:
+        raise AnatomyError(
+            f"The grid of patches in {block.name!r} of {model_type!r} cannot be told: its config needs image_size and "
+            "patch_size, and its tokens must be all patches of one image. Use space='sequence', or name other layers."
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,7 +41,7 @@ def routed_batch(tuner: PeltonModel, names: Sequence[str], num_beams: int) -> It
     handles = []
     try:
         for block in tuner.blocks():
-            device = next(block.parameters(), torch.empty(0)).device
+            device = next(chain(block.parameters(), block.buffers()), torch.empty(0)).device
             block.routes = _routes(names if block in encoder else beams, device)
         for module in tuner.modules():
             if isinstance(module, AuxiliaryTrainingWrapper):

@@ -25,8 +25,9 @@ def gate_summary(model: nn.Module, frame: pd.DataFrame | None = None) -> pd.Data
         frame: gate values that `record_gates` saw; not needed for static gates. Their means are shown.
 
     Returns:
-        One row per block: `index`, `block`, a column for each method, `sum`, `requires_grad` (whether anything of the
-        gate is trained) and `is_buffer` (whether its values are constants).
+        One row per block: `index`, `block`, a column for each method, where there is dilated attention `original` (what
+        is left to the block's own attention, 1 − `dilated`), `sum` of all these, `requires_grad` (whether anything of
+        the gate is trained) and `is_buffer` (whether its values are constants).
 
     Raises:
         AdapterError: gates that read the input, without a frame.
@@ -39,7 +40,7 @@ def gate_summary(model: nn.Module, frame: pd.DataFrame | None = None) -> pd.Data
         if adapter in block.wirings:
             rows.append({"index": index, "block": block.block.name, **_row(block, adapter, frame)})
     table = pd.DataFrame(rows)
-    last = ["sum", "requires_grad", "is_buffer"]
+    last = [*(["original"] if "original" in table else []), "sum", "requires_grad", "is_buffer"]
     return table[[c for c in table.columns if c not in last] + last]
 
 
@@ -58,6 +59,8 @@ def _row(block: GatedBlock, adapter: str, frame: pd.DataFrame | None) -> dict[st
     parameters = list(gate.parameters())
     here = {spec.kind for spec in block.wirings[adapter].methods}  # a gate may have values of methods that are gone
     found = {method: float(values[method]) for method in gate.methods if method in here}
+    if "dilated" in found:
+        found["original"] = 1.0 - found["dilated"]
     return {
         **found,
         "sum": float(sum(found.values())),
