@@ -58,7 +58,7 @@ class DilatedAttention(MethodSpec):
     kind: ClassVar[str] = "dilated"
     allowed: ClassVar[tuple[str, ...]] = ("attn",)
 
-    segment: Sizes = 128
+    segment: Sizes = 192
     dilation: Sizes = 2
     kernel: Sizes = 3
     heads: tuple[int, ...] | None = None
@@ -71,7 +71,7 @@ class DilatedAttention(MethodSpec):
         super().__post_init__()
         for name in ("segment", "dilation", "kernel"):
             value = getattr(self, name)
-            if not isinstance(value, int):
+            if isinstance(value, list | tuple):
                 object.__setattr__(self, name, tuple(value))
                 require(len(value) > 0, f"{name} has at least one value", **{name: value})
             for size in _as_tuple(getattr(self, name)):
@@ -165,7 +165,7 @@ class DilatedPart(nn.Module):
 
 
 def _as_tuple(sizes: Sizes) -> tuple[int, ...]:
-    return (sizes,) if isinstance(sizes, int) else sizes
+    return sizes if isinstance(sizes, tuple) else (sizes,)
 
 
 def _paired(name: str, sizes: Sizes, dilations: Sizes) -> tuple[tuple[int, int], ...]:
