@@ -21,7 +21,7 @@ LIMIT = 1e-4
 NAMES = ["bert", "modernbert", "gpt2", "llama", "qwen3", "t5", "bart", "vit", "swin"]
 """Representative backbones. Each compiles and exports without an adapter, so that what fails here is the adapter's."""
 
-FORMS = {name: METHODS[name] for name in ("bottleneck-parallel", "prefix-mlp", "prefix-token")} | {
+FORMS = {name: METHODS[name] for name in ("bottleneck-parallel", "prefix-mlp", "prefix-token", "dilated-rates")} | {
     "prefix-scale": Prefix(prefix_length=3, gating="scale", init_std=1.0)
 }
 """What an adapter of all methods does not hold."""
@@ -105,6 +105,13 @@ def test_exported_equals_eager(name: str) -> None:
 def test_every_form_compiles_and_exports(form: str) -> None:
     arch = ARCHS["bert"]
     model = Positional(arch, attached(arch, methods=[FORMS[form]])).eval()
+    assert _difference(model, _compile(model), arch) <= LIMIT
+    assert max(_differences(model, _export(model, arch), arch)) <= LIMIT
+
+
+def test_dilation_on_a_grid_compiles_and_exports() -> None:
+    arch = ARCHS["vit"]
+    model = Positional(arch, attached(arch, methods=[METHODS["dilated-grid"]])).eval()
     assert _difference(model, _compile(model), arch) <= LIMIT
     assert max(_differences(model, _export(model, arch), arch)) <= LIMIT
 

@@ -76,9 +76,7 @@ class Block:
     def shapes(self, site: str) -> tuple[Shape, ...]:
         """Returns the sizes of a site's places, in their order."""
         return tuple(
-            Shape(
-                site, place.in_features, place.out_features, self.kv_heads, self.head_dim, self.heads, self.grid
-            )
+            Shape(site, place.in_features, place.out_features, self.kv_heads, self.head_dim, self.heads, self.grid)
             for place in self.sites[site]
         )
 

@@ -1,4 +1,4 @@
-"""The grid of patches that an image encoder's tokens lie on: its sides from the config, other tokens from its weights."""
+"""The grid that the patches of an image encoder lie on: its sides from the config, other tokens from its weights."""
 
 from __future__ import annotations
 

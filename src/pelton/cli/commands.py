@@ -123,14 +123,15 @@ def recipes() -> None:
 
 @app.command()
 def gates(
-    run: RunPath,
+    run: Annotated[Path, typer.Argument(help="A run's folder, or that of a saved adapter whose gates are constant.")],
     plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the heat map block × method.")] = None,
 ) -> None:
-    """Show how open each method is in each block of a run."""
+    """Show how open each method is in each block of a run or a saved adapter."""
     from pelton.cli import show
     from pelton.insight.gates import gate_table, plot_gates
+    from pelton.tuner.summary import saved_gates
 
-    table = gate_table(run)
+    table = saved_gates(run) if (run / "adapter_config.json").is_file() else gate_table(run)
     show.gates(table)
     if plot is not None:
         plot_gates(table, plot)

@@ -2,14 +2,15 @@
 
     out = (1 − g) · original + g · dilated
 
-Both come from the block's own queries, keys and values, so the method has no parameters: what there is to learn, or to
-set, is the gate. At g = 0 the block is to the bit the backbone, at g = 1 all of its attention is dilated.
+Both come from the block's own queries, keys and values, so the method has no parameters: what there is to learn or to
+set is the gate. At g = 0 the block is to the bit the backbone, at g = 1 all of its attention is dilated. It is no
+change of the backbone's weights and does not fold: with frozen gates it stays, a constant mixture.
 
 On sequences (LongNet, Ding et al. 2023, arXiv 2307.02486, section 3.2): for a segment w and a dilation r the token at
-position t attends to the tokens j of its segment, t // w = j // w, with (t − j) divisible by r. Several pairs (w, r) are
-mixed by the denominators of their softmaxes, as if one softmax ran over the keys of all. LongNet keeps one residue class
-in each head and shifts it from head to head, so that a head leaves most queries out; here every head has all classes,
-side by side, and every token sees at least itself.
+position t attends to the tokens j of its segment, t // w = j // w, with (t − j) divisible by r. Several pairs (w, r)
+are mixed by the denominators of their softmaxes, as if one softmax ran over the keys of all. LongNet keeps one residue
+class in each head and shifts it from head to head, so that a head leaves most queries out; here every head has all
+classes, side by side, and every token sees at least itself.
 
 On images (DiNAT, Hassani and Shi 2022, arXiv 2209.15001, section 3): see `neighbourhood.py`.
 

@@ -120,10 +120,14 @@ def _fused(query: Tensor, key: Tensor, value: Tensor, layout: Layout, order: Ten
         mask = visible | ~visible.any(dim=-1, keepdim=True)  # a row of padding sees anything: no NaN
         if bias is not None:
             mask = bias.to(query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
-    folded = (layout.fold(x) for x in (query, key, value))
-    causal = plain and view.causal
     out = F.scaled_dot_product_attention(
-        *folded, attn_mask=mask, dropout_p=view.dropout, is_causal=causal, scale=view.scaling
+        layout.fold(query),
+        layout.fold(key),
+        layout.fold(value),
+        attn_mask=mask,
+        dropout_p=view.dropout,
+        is_causal=plain and view.causal,
+        scale=view.scaling,
     )
     return layout.unfold(out)
 
@@ -153,9 +157,7 @@ def _moved(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(2, index[:, None, :, None].expand(batch, heads, -1, width))
 
 
-def cached(
-    query: Tensor, key: Tensor, value: Tensor, owners: Sequence[int], rates: Rates, view: View
-) -> Tensor:
+def cached(query: Tensor, key: Tensor, value: Tensor, owners: Sequence[int], rates: Rates, view: View) -> Tensor:
     """Returns the dilated attention of new tokens to a cache that holds them too, causal, [B, H, T, K].
 
     Args:

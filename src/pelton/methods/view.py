@@ -61,7 +61,6 @@ class View:
             bias = more if bias is None else bias + more
         return visible, None if bias is None else bias.clamp_min(torch.finfo(bias.dtype).min)
 
-
     def first(self, count: int) -> tuple[Tensor | None, Tensor | None]:
         """Returns the same as `at` for the first queries and all keys, [B or 1, H or 1, count, S]."""
         mask, bias = (None if x is None else x[:, :, :count] for x in (self.mask, self.bias))
@@ -94,4 +93,4 @@ def gather(x: Tensor, index: Tensor) -> Tensor:
     """Returns the rows of x [B, H, S, K] that an index [B or 1, T, M] names, [B, H, T, M, K]."""
     batch, heads, _, width = x.shape
     flat = index.flatten(1)[:, None, :, None].expand(batch, heads, -1, width)
-    return x.gather(2, flat).unflatten(2, index.shape[1:])
+    return x.gather(2, flat).view(batch, heads, *index.shape[1:], width)

@@ -2,9 +2,9 @@
 
 The attention module of a block with a prefix or dilated attention gets a copy of its config that names the attention
 function below; masks are made from the model's own config, which stays as it is. The function calls the one that the
-model's config names, SDPA or the module's own eager attention, with the prefixes in front (`prefixes.py`), and mixes the
-dilated attention in (`dilations.py`). Flash and flex kernels cannot carry an additive mask: there those blocks, and only
-they, use SDPA.
+model's config names, SDPA or the module's own eager attention, with the prefixes in front (`prefixes.py`), and mixes
+the dilated attention in (`dilations.py`). Flash and flex kernels cannot carry an additive mask: there those blocks, and
+only they, use SDPA.
 
 Letters: B batch, H heads, H_kv key / value heads, T queries, S keys, K head dim.
 """
@@ -45,9 +45,9 @@ class AttentionTap:
         config = cast(Any, attention).config
         tap = AttentionTap(gated, config)
         if config._attn_implementation not in ("sdpa", "eager", None):
+            name = config._attn_implementation
             warnings.warn(
-                f"{config._attn_implementation!r} attention cannot carry a prefix or a dilation: blocks with one use 'sdpa'.",
-                stacklevel=2,
+                f"{name!r} attention cannot carry a prefix or dilation: blocks with one use 'sdpa'.", stacklevel=2
             )
         attention.pelton_tap = tap  # type: ignore[assignment]
         attention.config = copy.copy(config)

@@ -150,7 +150,7 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
         Args:
             method: the dilated attention; the default one when not given.
             stage: "pretrain" or "finetune".
-            pretrain_dilated_ratio: the dilated attention's share of the output in that stage; the original has the rest.
+            pretrain_dilated_ratio: the dilated attention's share of the output then; the original has the rest.
             finetune_dilated_ratio: likewise.
             others: methods that work beside it, their gates fixed at 1.
             **common: what all ways to make a config take.

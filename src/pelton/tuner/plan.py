@@ -214,7 +214,7 @@ def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, .
                     if part.origin:
                         origins[_origin(block, part.origin)] = part.origin
                 else:
-                    raise SpecError(f"{spec.kind!r} built a {type(part).__name__}; expected a Part, PrefixPart or DilatedPart.")
+                    raise SpecError(f"{spec.kind!r} built a {type(part).__name__}; no part.")
     ordered = {where: tuple(sorted(some, key=lambda e: e.order)) for where, some in edits.items()}
     return BlockPlan(block, gate, parts, Wiring(left, numbers, ordered, origins))
 
@@ -244,8 +244,8 @@ def _check_prefix(part: PrefixPart, gate: Gate) -> None:
 def _check_dilated(spec: DilatedAttention, block: Block, model_type: str) -> None:
     if block.windowed:
         raise AnatomyError(
-            f"Attention of {model_type!r} runs in windows, inside which there is nothing to dilate: 'dilated' cannot go "
-            f"to {block.name!r}. Leave it out."
+            f"Attention of {model_type!r} runs in windows, inside which there is nothing to dilate: 'dilated' cannot "
+            f"go to {block.name!r}. Leave it out."
         )
     if spec.space == "grid" and block.grid is None:
         raise AnatomyError(

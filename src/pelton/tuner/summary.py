@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from pelton.errors import AdapterError
-from pelton.gates import StaticGate
+from pelton.gates import Place, StaticGate
 from pelton.tuner.block import GatedBlock, gate_of
+from pelton.tuner.config import WEIGHTS, PeltonConfig
 from pelton.tuner.controls import gated_blocks
 
 if TYPE_CHECKING:
@@ -39,7 +43,55 @@ def gate_summary(model: nn.Module, frame: pd.DataFrame | None = None) -> pd.Data
         adapter = block.adapters_at_work[0]
         if adapter in block.wirings:
             rows.append({"index": index, "block": block.block.name, **_row(block, adapter, frame)})
-    table = pd.DataFrame(rows)
+    return _arranged(pd.DataFrame(rows))
+
+
+def saved_gates(folder: Path) -> pd.DataFrame:
+    """Returns the same table of a saved adapter, without its backbone; encoders come before decoders.
+
+    Raises:
+        AdapterError: its gates read the input, or its weights do not fit its config.
+    """
+    import pandas as pd
+
+    config = PeltonConfig.from_pretrained(str(folder))
+    if not config.gate_spec.static:
+        raise AdapterError(
+            f"The gates of {folder} read the input, so their values depend on data. Load the adapter with its "
+            "backbone, record some with record_gates, and call gate_summary(model, log.to_frame())."
+        )
+    found: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in load_file(folder / WEIGHTS).items():
+        block, inside, name = key.removeprefix("base_model.model.").partition(".pelton.gates.")
+        if inside:
+            found[block][name] = value
+    indices = [i for i in range(len((config.backbone or {}).get("hidden_sizes", ()))) if _kinds(config, i)]
+    if len(indices) != len(found):
+        raise AdapterError(f"{folder} holds gates of {len(found)} blocks; its config asks for {len(indices)}.")
+    rows = []
+    for index, block in zip(indices, sorted(found, key=_natural), strict=True):
+        kinds = _kinds(config, index)
+        gate = cast(StaticGate, config.gate_spec.build(Place(kinds, 1, causal=False, index=index)))
+        try:
+            gate.load_state_dict(found[block])
+        except RuntimeError as error:
+            raise AdapterError(f"The gate of {block} in {folder} does not fit its config: {error}") from error
+        values = dict(zip(kinds, gate.values().tolist(), strict=True))
+        rows.append({"index": index, "block": block, **_weights(values, list(gate.parameters()))})
+    return _arranged(pd.DataFrame(rows))
+
+
+def _kinds(config: PeltonConfig, index: int) -> tuple[str, ...]:
+    here = (spec.kind for spec in config.specs if spec.layers is None or index in spec.layers)
+    return tuple(kind for kind in here if kind not in config.pruned_from(index))
+
+
+def _natural(name: str) -> tuple[bool, list[tuple[int, str]]]:
+    """Orders block names as models do: 2 before 10, encoders before decoders."""
+    return "decoder" in name, [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
+
+
+def _arranged(table: pd.DataFrame) -> pd.DataFrame:
     last = [*(["original"] if "original" in table else []), "sum", "requires_grad", "is_buffer"]
     return table[[c for c in table.columns if c not in last] + last]
 
@@ -58,7 +110,10 @@ def _row(block: GatedBlock, adapter: str, frame: pd.DataFrame | None) -> dict[st
         values = {str(k): float(v) for k, v in mine.groupby("method").value.mean().items()}
     parameters = list(gate.parameters())
     here = {spec.kind for spec in block.wirings[adapter].methods}  # a gate may have values of methods that are gone
-    found = {method: float(values[method]) for method in gate.methods if method in here}
+    return _weights({method: float(values[method]) for method in gate.methods if method in here}, parameters)
+
+
+def _weights(found: dict[str, float], parameters: list[nn.Parameter]) -> dict[str, Any]:
     if "dilated" in found:
         found["original"] = 1.0 - found["dilated"]
     return {
