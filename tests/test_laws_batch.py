@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor
+from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from law import GATES, METHODS, attached, far, together, wake
 from pelton import FixedGate, MLPGate, PeltonConfig, Prefix
@@ -102,6 +103,20 @@ def test_generation_with_cache_equals_without(name: str, side: str) -> None:
         plain, without = _generate(model, ids, mask, False)
     assert torch.equal(cached, plain)
     assert far(with_cache, without) <= 2e-6
+
+
+@pytest.mark.parametrize("name", [*CAUSAL, "t5"])
+def test_a_cache_of_fixed_size_changes_nothing(name: str) -> None:
+    arch = ARCHS[name]
+    model, ids = attached(arch), torch.randint(3, VOCAB, (2, SEQ))
+    more = {"use_cache": True, "past_key_values": StaticCache(config=model.config, max_cache_len=16)}
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if arch.kind == "seq2seq":
+        inputs["decoder_input_ids"] = ids
+        cross = DynamicCache(config=model.config)
+        more["past_key_values"] = EncoderDecoderCache(more["past_key_values"], cross)
+    with torch.no_grad():
+        assert far(arch.run(model, inputs, use_cache=False), model(**inputs, **more).logits) <= 2e-6
 
 
 @pytest.mark.parametrize("side", ["left", "right", "none"])

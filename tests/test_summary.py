@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
 import pytest
 import torch
 
 from law import METHODS, attached
 from pelton import FixedGate, MLPGate, ScalarGate, gate_summary, record_gates
+from pelton.cli.main import app
 from pelton.errors import AdapterError
+from pelton.tuner.summary import saved_gates
 from zoo import ARCHS
 
 
@@ -44,3 +50,26 @@ def test_static_gates_show_effective_weights(gate: ScalarGate | FixedGate, train
 def test_dynamic_gates_without_data_are_refused() -> None:
     with pytest.raises(AdapterError, match="record_gates"):
         gate_summary(attached(ARCHS["bert"], MLPGate()))
+
+
+@pytest.mark.parametrize("name", ["bert", "t5", "gemma3"])
+@pytest.mark.parametrize(
+    "gate", [ScalarGate(0.2), FixedGate(0.3), FixedGate(stages={"pretrain": 0.1, "finetune": 0.2})]
+)
+def test_saved_gates_are_those_of_the_model(name: str, gate: ScalarGate | FixedGate, tmp_path: Path) -> None:
+    model = attached(ARCHS[name], gate, [METHODS["lora"], replace(METHODS["dilated"], layers=(1,))])
+    model.save_pretrained(tmp_path)
+    pd.testing.assert_frame_equal(saved_gates(tmp_path), gate_summary(model))
+
+
+def test_the_command_shows_the_gates_of_a_saved_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    attached(ARCHS["bert"], FixedGate(0.01), [METHODS["dilated"]]).save_pretrained(tmp_path)
+    app(["gates", str(tmp_path)], standalone_mode=False)
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in ("dilated", "original", "0.01", "0.99", "1.00", "False", "True"))
+
+
+def test_saved_gates_that_read_the_input_are_refused(tmp_path: Path) -> None:
+    attached(ARCHS["bert"], MLPGate()).save_pretrained(tmp_path)
+    with pytest.raises(AdapterError, match="record_gates"):
+        saved_gates(tmp_path)

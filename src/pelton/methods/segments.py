@@ -57,7 +57,8 @@ class Layout:
 
     def slots(self, device: torch.device) -> Tensor:
         """Returns the number of the token in each slot, [n, r, c]; those from T on hold none."""
-        return torch.arange(self.n * self.c * self.r, device=device).view(self.n, self.c, self.r).transpose(1, 2)
+        slots = torch.arange(self.n * self.c * self.r, device=device).view(self.n, self.c, self.r)
+        return slots.transpose(1, 2).contiguous()  # what is indexed by other strides is traced with wrong ones
 
     def seen(self, view: View, order: Tensor | None, query: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns which pairs of a class are visible, and their bias, [B · n · r, H or 1, c or 1, c].

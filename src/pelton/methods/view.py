@@ -77,8 +77,10 @@ def pick(x: Tensor, heads: Sequence[int]) -> Tensor:
 
 
 def _at(x: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    rows = torch.arange(x.shape[0], device=x.device).view(-1, *[1] * (queries.dim() - 1))
-    return x[rows, :, queries, keys].movedim(-1, 1)  # indices around a slice: their dimensions come first
+    flat = queries * x.shape[3] + keys
+    heads, rows = x.shape[1], max(x.shape[0], flat.shape[0])
+    index = flat.flatten(1)[:, None].expand(rows, heads, -1)
+    return x.flatten(2).expand(rows, -1, -1).gather(2, index).view(rows, heads, *flat.shape[1:])
 
 
 def weigh(scores: Tensor, visible: Tensor | None, bias: Tensor | None) -> Tensor:

@@ -97,6 +97,9 @@ def attention_forward(
     if tap.config._attn_implementation not in ("sdpa", "eager", None):
         attention_mask = visible(module, query, key, attention_mask, kwargs)
     assert attention_mask is None or isinstance(attention_mask, Tensor)
+    if attention_mask is None and key.shape[2] != query.shape[2] and query.shape[2] > 1:
+        # The first tokens in a cache of fixed size: what is behind them is empty, and no mask says so.
+        key, value, kwargs = _filled(query.shape[2], key, value, kwargs)
     routes = list(tap.gated.routed())
     inputs = (query, key, value)
     if tap.gated.routes is None:
@@ -126,6 +129,13 @@ def _attend(
     original = with_prefixes(tap.base(module), tap.gated, prefixes, tap.implementation)
     output, weights = original(module, *inputs, mask, **kwargs)
     return with_dilations(output, dilations, module, inputs, mask, **kwargs), weights
+
+
+def _filled(tokens: int, key: Tensor, value: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    bias = kwargs.get("position_bias")
+    if isinstance(bias, Tensor):
+        kwargs = kwargs | {"position_bias": bias[..., :tokens]}
+    return key[:, :, :tokens], value[:, :, :tokens], kwargs
 
 
 def _of_rows(

@@ -214,7 +214,7 @@ def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, .
                     if part.origin:
                         origins[_origin(block, part.origin)] = part.origin
                 else:
-                    raise SpecError(f"{spec.kind!r} built a {type(part).__name__}; no part.")
+                    raise SpecError(f"{spec.kind!r} built a {type(part).__name__}; expected a Part.")
     ordered = {where: tuple(sorted(some, key=lambda e: e.order)) for where, some in edits.items()}
     return BlockPlan(block, gate, parts, Wiring(left, numbers, ordered, origins))
 

@@ -30,8 +30,9 @@ def gate_summary(model: nn.Module, frame: pd.DataFrame | None = None) -> pd.Data
 
     Returns:
         One row per block: `index`, `block`, a column for each method, where there is dilated attention `original` (what
-        is left to the block's own attention, 1 − `dilated`), `sum` of all these, `requires_grad` (whether anything of
-        the gate is trained) and `is_buffer` (whether its values are constants).
+        is left to the block's own attention, 1 − `dilated`), the methods' `sum` (with `original`, where `dilated` is
+        the only one), `requires_grad` (whether anything of the gate is trained) and `is_buffer` (whether its values are
+        constants).
 
     Raises:
         AdapterError: gates that read the input, without a frame.
@@ -114,11 +115,12 @@ def _row(block: GatedBlock, adapter: str, frame: pd.DataFrame | None) -> dict[st
 
 
 def _weights(found: dict[str, float], parameters: list[nn.Parameter]) -> dict[str, Any]:
-    if "dilated" in found:
-        found["original"] = 1.0 - found["dilated"]
+    original = {"original": 1.0 - found["dilated"]} if "dilated" in found else {}
+    counted = found | original if len(found) == 1 else found
     return {
         **found,
-        "sum": float(sum(found.values())),
+        **original,
+        "sum": float(sum(counted.values())),
         "requires_grad": any(p.requires_grad for p in parameters),
         "is_buffer": not parameters,
     }
