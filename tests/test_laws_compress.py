@@ -294,7 +294,12 @@ def test_a_fixed_gate_keeps_its_stage_when_it_is_pruned() -> None:
     arch = ARCHS["bert"]
     model = attached(
         arch,
-        FixedGate(stages={"a": 0.2, "b": {"lora": 0.9, "bottleneck": 0.1, "prefix": 0.3, "ia3": 0.8, "bitfit": 0.0}}),
+        FixedGate(
+            stages={
+                "a": 0.2,
+                "b": {"lora": 0.9, "bottleneck": 0.1, "prefix": 0.3, "ia3": 0.8, "dilated": 0.2, "bitfit": 0.0},
+            }
+        ),
     )
     set_stage(model, "b")
     out = output(arch, model)
