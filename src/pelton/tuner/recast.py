@@ -53,7 +53,7 @@ def recast(tuner: PeltonModel, adapter: str, config: PeltonConfig, tensors: Mapp
     plans = {plan.block.name: plan for plan in make_plan(config, find_anatomy(tuner.model))}
     bind_parts(list(plans.values()), tuner.model)
     trained = [p.requires_grad for p in _parameters(tuner, adapter)]
-    # Where nothing with weights is left (dilated attention, frozen gates), what comes back learns as PEFT would have it.
+    # Where nothing with weights is left (dilated attention, frozen gates), what comes back learns as a new one does.
     learns = any(trained) if trained else adapter in tuner.active_adapters and not config.inference_mode
     _fill(tuner, plans, tensors, learns)
     before = [path for path, gated in tuner.named_blocks() if adapter in gated.wirings]
