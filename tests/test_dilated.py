@@ -494,7 +494,7 @@ def test_contributions_leave_it_out() -> None:
     for methods in ([METHODS["dilated"]], [LoRA(rank=2), METHODS["dilated"]]):
         model, folder = attached(arch, MLPGate(hidden_size=4), methods).train(), Folder()
         noted: Any = Contributions(folder, 2)  # type: ignore[arg-type]
-        noted.on_train_begin(None, None, None, model)
+        noted.on_step_begin(None, None, None, model)
         arch.run(model, arch.inputs()).square().sum().backward()
         noted.on_pre_optimizer_step(None, None, None)
         noted.on_train_end(None, None, None)

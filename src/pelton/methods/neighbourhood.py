@@ -14,11 +14,10 @@ from math import isqrt
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from pelton.errors import AdapterError
 from pelton.methods.base import Grid
-from pelton.methods.view import View, gather, weigh
+from pelton.methods.view import View, gather, shares, weigh
 from pelton.registry import require
 
 Kernels = Sequence[tuple[int, int]]
@@ -92,12 +91,12 @@ def neighbourhood(query: Tensor, key: Tensor, value: Tensor, grid: Grid, kernels
         [own @ key[:, :, :first].transpose(-2, -1), (gather(key, near) @ own[..., None])[..., 0]], dim=-1
     )
     scores = weigh(scores * view.scaling, *view.at(patches, torch.cat([every, near], dim=-1)))
-    weights = F.dropout(scores.softmax(dim=-1), view.dropout).to(query.dtype)
+    weights = shares(scores, view.dropout).to(query.dtype)
     out = weights[..., :first] @ value[:, :, :first]
     out = out + (weights[..., None, first:] @ gather(value, near))[..., 0, :]
     if not first:
         return out
     special = query[:, :, :first] @ key.transpose(-2, -1) * view.scaling
     special = weigh(special, *view.first(first))
-    weights = F.dropout(special.softmax(dim=-1), view.dropout).to(query.dtype)
+    weights = shares(special, view.dropout).to(query.dtype)
     return torch.cat([weights @ value, out], dim=2)

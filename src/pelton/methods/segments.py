@@ -15,10 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from pelton.methods.view import View, gather, pick, weigh
+from pelton.methods.view import View, gather, pick, shares, weigh
 
 Rates = Sequence[tuple[int, int]]
 """Pairs (w, r)."""
+
+PIECE = 1 << 20
+"""How many scores are made at a time, where they are not fused into a kernel."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +62,11 @@ class Layout:
         """Returns the number of the token in each slot, [n, r, c]; those from T on hold none."""
         slots = torch.arange(self.n * self.c * self.r, device=device).view(self.n, self.c, self.r)
         return slots.transpose(1, 2).contiguous()  # what is indexed by other strides is traced with wrong ones
+
+    def plain(self, view: View) -> bool:
+        """Tells whether tokens of a class see each other, or those before them, and nothing more is to be said."""
+        full = isinstance(self.spare, int) and self.spare == 0
+        return view.mask is None and view.bias is None and (view.causal or full)  # spare slots come last
 
     def seen(self, view: View, order: Tensor | None, query: Tensor) -> tuple[Tensor, Tensor | None]:
         """Returns which pairs of a class are visible, and their bias, [B · n · r, H or 1, c or 1, c].
@@ -105,17 +113,15 @@ def segmented(query: Tensor, key: Tensor, value: Tensor, rates: Rates, view: Vie
         out = _fused(query, key, value, layouts[0], order, view)
     else:
         each = [_explicit(query, key, value, layout, order, view) for layout in layouts]
-        shares = torch.stack([total for _, total in each]).softmax(dim=0)
-        out = sum((share * one.float() for share, (one, _) in zip(shares, each, strict=True)), query.new_zeros(()))
+        parts = torch.stack([total for _, total in each]).softmax(dim=0)
+        out = sum((part * one.float() for part, (one, _) in zip(parts, each, strict=True)), query.new_zeros(()))
     out = out.to(query.dtype)
     return out if place is None else _moved(out, place)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, layout: Layout, order: Tensor | None, view: View) -> Tensor:
     """One pair (w, r), by a fused kernel."""
-    full = isinstance(layout.spare, int) and layout.spare == 0
-    plain = view.mask is None and view.bias is None and (view.causal or full)  # later slots: unseen where causal
-    mask = None
+    plain, mask = layout.plain(view), None
     if not plain:
         visible, bias = layout.seen(view, order, query)
         mask = visible | ~visible.any(dim=-1, keepdim=True)  # a row of padding sees anything: no NaN
@@ -137,12 +143,33 @@ def _explicit(
     query: Tensor, key: Tensor, value: Tensor, layout: Layout, order: Tensor | None, view: View
 ) -> tuple[Tensor, Tensor]:
     """One pair (w, r), and the logarithm of its softmax's denominator, [B, H, T, 1]."""
-    folded = layout.fold(query), layout.fold(key), layout.fold(value)
-    scores = folded[0] @ folded[1].transpose(-2, -1) * view.scaling
-    scores = weigh(scores, *layout.seen(view, order, query))
-    total = scores.logsumexp(dim=-1, keepdim=True)
-    weights = F.dropout((scores - total).exp(), view.dropout)
-    return layout.unfold(weights.to(query.dtype) @ folded[2]), layout.unfold(total)
+    visible: Tensor | None
+    bias: Tensor | None
+    if not layout.plain(view):
+        visible, bias = layout.seen(view, order, query)
+    else:
+        ones = torch.ones(1, 1, layout.c, layout.c, dtype=torch.bool, device=query.device)
+        visible, bias = ones.tril() if view.causal else None, None
+    query, key, value = layout.fold(query * view.scaling), layout.fold(key), layout.fold(value)
+    outs, totals = [], []
+    for piece in _pieces(query, layout.c):
+        scores = weigh(query[piece] @ key[piece].transpose(-2, -1), _of(visible, piece), _of(bias, piece))
+        totals.append(scores.logsumexp(dim=-1, keepdim=True))
+        outs.append(shares(scores, view.dropout).to(value.dtype) @ value[piece])
+    return layout.unfold(torch.cat(outs)), layout.unfold(torch.cat(totals))
+
+
+def _pieces(folded: Tensor, c: int) -> list[slice]:
+    """Cuts [B · n · r, H, c, K] into pieces whose scores stay in a CPU's cache; elsewhere, and in traced graphs, one piece."""
+    count = folded.shape[0]
+    if torch.compiler.is_compiling() or folded.device.type != "cpu":
+        return [slice(None)]
+    step = max(1, PIECE // (folded.shape[1] * c * c))
+    return [slice(start, start + step) for start in range(0, count, step)]
+
+
+def _of(x: Tensor | None, piece: slice) -> Tensor | None:
+    return x if x is None or x.shape[0] == 1 else x[piece]
 
 
 def _compacted(real: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,7 +208,7 @@ def cached(query: Tensor, key: Tensor, value: Tensor, owners: Sequence[int], rat
     near, far = pick(near, owners), pick(far, owners)
     scores = (near @ query[..., None])[..., 0] * view.scaling
     scores = weigh(scores, seen[:, None] if some is None else seen[:, None] & some, bias)
-    weights = F.dropout(scores.softmax(dim=-1), view.dropout).to(query.dtype)
+    weights = shares(scores, view.dropout).to(query.dtype)
     return (weights[..., None, :] @ far)[..., 0, :]
 
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,12 @@ def weigh(scores: Tensor, visible: Tensor | None, bias: Tensor | None) -> Tensor
     if bias is not None:
         scores = scores + bias.float()
     return scores if visible is None else scores.masked_fill(~visible, torch.finfo(scores.dtype).min)
+
+
+def shares(scores: Tensor, dropout: float) -> Tensor:
+    """Returns the softmax over keys, some of it dropped."""
+    weights = scores.softmax(dim=-1)
+    return F.dropout(weights, dropout) if dropout else weights  # at 0 it would still copy
 
 
 def gather(x: Tensor, index: Tensor) -> Tensor:
