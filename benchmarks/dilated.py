@@ -1,6 +1,6 @@
 """Time and memory of dilated attention against SDPA over all pairs, from 4k to 32k tokens.
 
-One row, 2 heads of 64, causal, inference, on one thread. Times are the best of a few runs; memory is what a forward
+One row, 2 heads of 64, causal, inference, on one thread. Times are the best of some rounds over all lengths (of one for SDPA); memory is what a forward
 allocates at its peak beyond its inputs, by torch's profiler. Prints the ratios and the slope of a log-log fit over
 length (1 is linear, 2 quadratic), and writes a line for each measurement to docs/data/dilated.jsonl.
 
@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from pelton.methods import Shape, View
 
 H, K = 2, 64
 LENGTHS = (4096, 8192, 16384, 32768)
-REPEATS = {"sdpa": 1}
+ROUNDS = 8
 OUTPUT = Path(__file__).parents[1] / "docs/data/dilated.jsonl"
 
 SPECS = {
@@ -46,16 +47,15 @@ def functions() -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
     return found
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Returns the best of some runs, after one that does not count where there are several."""
-    if repeats > 2:
-        run()
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def seconds(runs: dict[int, Callable[[], object]], rounds: int) -> dict[int, float]:
+    """Returns the best time of each run, over rounds in which all take turns: a busy machine then slows all alike."""
+    best = dict.fromkeys(runs, math.inf)
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            best[name] = min(best[name], time.perf_counter() - start)
+    return best
 
 
 def peak(run: Callable[[], object]) -> int:
@@ -84,10 +84,13 @@ def main() -> None:
     table: dict[str, dict[str, list[float]]] = {}
     for name, function in functions().items():
         table[name] = {"seconds": [], "bytes": []}
+        runs = {}
         for length in LENGTHS:
             inputs = [torch.randn(1, length, H, K).transpose(1, 2) for _ in range(3)]
-            run = lambda function=function, inputs=inputs: function(*inputs)  # noqa: E731
-            row = {"seconds": seconds(run, REPEATS.get(name, 5)), "bytes": peak(run)}
+            runs[length] = partial(function, *inputs)
+        times = seconds(runs, 1 if name == "sdpa" else ROUNDS)
+        for length, run in runs.items():
+            row = {"seconds": times[length], "bytes": peak(run)}
             rows.append({"what": name, "tokens": length, "heads": H, "head_dim": K, "threads": 1, **row})
             for key, value in row.items():
                 table[name][key].append(value)

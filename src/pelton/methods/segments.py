@@ -160,7 +160,7 @@ def _explicit(
 
 
 def _pieces(folded: Tensor, c: int) -> list[slice]:
-    """Cuts [B · n · r, H, c, K] into pieces whose scores stay in a CPU's cache; elsewhere, and in traced graphs, one piece."""
+    """Cuts [B · n · r, H, c, K] into pieces whose scores fit a CPU's cache; elsewhere and in traced graphs, one."""
     count = folded.shape[0]
     if torch.compiler.is_compiling() or folded.device.type != "cpu":
         return [slice(None)]
