@@ -1,8 +1,9 @@
 """Time and memory of dilated attention against SDPA over all pairs, from 4k to 32k tokens.
 
-One row, 2 heads of 64, causal, inference, on one thread. Times are the best of some rounds over all lengths (of one for SDPA); memory is what a forward
-allocates at its peak beyond its inputs, by torch's profiler. Prints the ratios and the slope of a log-log fit over
-length (1 is linear, 2 quadratic), and writes a line for each measurement to docs/data/dilated.jsonl.
+One row, 2 heads of 64, causal, inference, on one thread. Times are the best of some rounds over all lengths (of one
+for SDPA); memory is what a forward allocates at its peak beyond its inputs, by torch's profiler. Prints the ratios and
+the slope of a log-log fit over length (1 is linear, 2 quadratic), and writes a line for each measurement to
+docs/data/dilated.jsonl.
 
     python benchmarks/dilated.py
 """
