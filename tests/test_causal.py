@@ -27,7 +27,8 @@ from transformers import (
 
 import law
 from pelton import MLPGate, PeltonConfig
-from pelton.errors import DataError, PeltonError
+from pelton.errors import DataError, PeltonError, RecipeError
+from pelton.methods import MethodSpec
 from pelton.tasks.causal import CausalLM, CausalSettings
 from pelton.tasks.completions import IGNORED
 from pelton.tasks.conversations import Prompt
@@ -35,13 +36,15 @@ from pelton.tasks.decoding import judge
 from pelton.tasks.load import load_task
 from pelton.tasks.packing import best_fit, pad, require_packable
 from pelton.tasks.tables import read_table
+from pelton.training.backbone import adapter_config
+from pelton.training.feasible import require_adapter
 from pelton.training.fit import Interrupted, fit, resume
 from pelton.training.loading import parse_recipe
 from pelton.training.recipe import Recipe
 from pelton.training.run import Run
 from test_fit import At, crash
 from tiny import write_jsonl
-from zoo import ARCHS
+from zoo import ARCHS, Arch
 
 CHATML = (
     "{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] + eos_token + '\n' }}"
@@ -342,11 +345,19 @@ def _apart(model: Any, rows: list[list[int]]) -> list[Tensor]:
     return [*first, *second]
 
 
-@pytest.mark.parametrize("method", [*law.METHODS, "together"])
+def packing(arch: Arch) -> list[MethodSpec]:
+    """What may be packed for, together."""
+    return [spec for spec in law.together(arch) if spec.packs]
+
+
+PACKING = [name for name, spec in law.METHODS.items() if spec.packs]
+
+
+@pytest.mark.parametrize("method", [*PACKING, "together"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_packed_equals_alone(name: str, method: str) -> None:
     arch = ARCHS[name]
-    model = law.attached(arch, methods=law.together(arch) if method == "together" else [law.METHODS[method]])
+    model = law.attached(arch, methods=packing(arch) if method == "together" else [law.METHODS[method]])
     if method == "together":
         model.get_base_model().set_attn_implementation("eager")
     rows = _rows()
@@ -357,9 +368,30 @@ def test_packed_equals_alone(name: str, method: str) -> None:
         assert all(torch.equal(a, b) for a, b in zip(before, _apart(model, rows)[1:], strict=True))
 
 
+@pytest.mark.parametrize("name", DECODERS)
+def test_dilated_attention_keeps_packed_examples_apart(name: str) -> None:
+    """Its segments are counted from the row's start, so an example's place matters, and its neighbours do not."""
+    model, rows = law.attached(ARCHS[name], methods=[law.METHODS["dilated-rates"]]), _rows()
+    with torch.no_grad():
+        before, rows[0] = _apart(model, rows)[1:], _rows(seed=9)[0]
+        assert all(torch.equal(a, b) for a, b in zip(before, _apart(model, rows)[1:], strict=True))
+
+
+def test_packing_refuses_dilated_attention() -> None:
+    values = {
+        "backbone": "x",
+        "task": {"kind": "causal-lm", "packing": True, "data": "rows.jsonl"},
+        "adapter": {"methods": ["dilated"], "gate": "scalar"},
+    }
+    recipe = parse_recipe(values, "test")
+    assert recipe.adapter is not None
+    with pytest.raises(RecipeError, match="'dilated' counts its segments from the row's first token"):
+        require_adapter(recipe, adapter_config(recipe.adapter))
+
+
 @pytest.mark.parametrize("gate", law.GATES)
 def test_packed_equals_alone_under_every_gate(gate: str) -> None:
-    model, rows = law.attached(ARCHS["llama"], gate), _rows()
+    model, rows = law.attached(ARCHS["llama"], gate, packing(ARCHS["llama"])), _rows()
     with torch.no_grad():
         alone = [model(input_ids=torch.tensor([row]), use_cache=False).logits[0] for row in rows]
         assert all(law.far(a, b) < 1e-5 for a, b in zip(alone, _apart(model, rows), strict=True))
@@ -462,7 +494,7 @@ def test_logits_are_made_only_where_something_is_learned(tokenizer: Any, tmp_pat
 @pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
 def test_answers_are_the_same_alone_and_in_a_batch(name: str, tokenizer: Any, tmp_path: Path) -> None:
     task, examples = made(RAGGED, tmp_path)
-    model, collate = law.attached(ARCHS[name], std=0.05), task.collator(tokenizer)
+    model, collate = law.attached(ARCHS[name], methods=packing(ARCHS[name]), std=0.05), task.collator(tokenizer)
     features = list(task.encode(examples.inputs, tokenizer))
     with torch.no_grad():
         together = task.outputs(model, collate(features))
@@ -666,7 +698,7 @@ def test_the_example_with_trl_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_flattened_batches_keep_examples_apart() -> None:
     """TRL and transformers flatten a batch into one row: the loss is that of the rows one by one."""
-    model = law.attached(ARCHS["llama"])
+    model = law.attached(ARCHS["llama"], methods=packing(ARCHS["llama"]))
     rows = [torch.tensor([row]) for row in _rows() if len(row) > 1]
     collator = DataCollatorWithFlattening()
     batch = collator([{"input_ids": row[0].tolist(), "labels": row[0].tolist()} for row in rows])

@@ -97,6 +97,8 @@ class MethodSpec(Spec):
 
     allowed: ClassVar[tuple[str, ...]] = LINEAR_SITES
     foldable: ClassVar[bool] = False
+    packs: ClassVar[bool] = True
+    """Whether an example that is packed with others in one row gets what it gets alone."""
     up: ClassVar[str | None] = None
     """The parameter of a part that stands last in a product and starts at zero, where a part is such a product."""
 

@@ -58,6 +58,7 @@ class DilatedAttention(MethodSpec):
 
     kind: ClassVar[str] = "dilated"
     allowed: ClassVar[tuple[str, ...]] = ("attn",)
+    packs: ClassVar[bool] = False
 
     segment: Sizes = 192
     dilation: Sizes = 2

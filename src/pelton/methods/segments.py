@@ -160,7 +160,7 @@ def _explicit(
 
 
 def _pieces(folded: Tensor, c: int) -> list[slice]:
-    """Cuts [B · n · r, H, c, K] into pieces whose scores fit a CPU's cache; elsewhere and in traced graphs, one."""
+    """Cuts [B · n · r, H, c, K] into pieces whose scores fit a CPU's cache; into one piece elsewhere and in graphs."""
     count = folded.shape[0]
     if torch.compiler.is_compiling() or folded.device.type != "cpu":
         return [slice(None)]

@@ -48,6 +48,12 @@ def require_adapter(recipe: Recipe, config: PeltonConfig | None) -> None:
             raise RecipeError(
                 f"training.method_learning_rates has a rate for {kind!r}, but the adapter has {', '.join(kinds)}.{hint}"
             )
+    loose = [spec.kind for spec in config.specs if not spec.packs]
+    if loose and getattr(recipe.task, "packing", False):
+        raise RecipeError(
+            f"task.packing needs methods that give a packed example what it gets alone, but {loose[0]!r} counts its "
+            "segments from the row's first token. Set task.packing=false."
+        )
     if not any(spec.up for spec in config.specs):
         _require_unused(settings, ("up_rate_ratio",), f"{', '.join(kinds)} learn no product with a factor at zero")
     gate = config.gate_spec
