@@ -1,15 +1,15 @@
 """From gated to small: what pruning, freezing and folding a trained adapter costs, in points, parameters and time.
 
 For each task and seed one gated default adapter is trained (2,000 rows of a GLUE task, 10 a class of BANKING77), then
-pruned to a share of its methods by first-order importance, frozen, and folded. Scores are those of the test rows; what
-is pruned is chosen on training rows. One JSON line each:
+pruned by first-order importance until its methods have a share of the adapter's parameters, frozen, and folded. Scores
+are those of the test rows; what is pruned is chosen on training rows. One JSON line each:
 
 score        before, pruned, frozen, folded
 parameters   of the adapter: before, pruned, frozen, folded
 inference    time of the model ÷ time of the plain backbone, batches of 32 of the test rows, interleaved, median over
              rounds; spread is the interquartile range
 
-    python benchmarks/compress.py --data DIR [--tasks mrpc cola sst2 banking77] [--seeds 3] [--keep 0.5] [--out FILE]
+    python benchmarks/compress.py --data DIR [--tasks mrpc cola sst2 banking77] [--seeds 3] [--share 0.6] [--out FILE]
     python benchmarks/compress.py --table [--out FILE]
 """
 
@@ -54,7 +54,7 @@ def recipe(task: str, seed: int, data: Path, output: str, extra: list[str]) -> A
     return load_recipe("glue", [*glue, "training.epochs=6", "training.batch_size=16", *changes])
 
 
-def one(task: str, seed: int, data: Path, keep: float, extra: list[str]) -> dict[str, Any]:
+def one(task: str, seed: int, data: Path, share: float, rounds: int, extra: list[str]) -> dict[str, Any]:
     """Trains one adapter and makes it small, step by step."""
     with tempfile.TemporaryDirectory() as folder:
         run = fit(recipe(task, seed, data, folder, extra))
@@ -77,12 +77,11 @@ def one(task: str, seed: int, data: Path, keep: float, extra: list[str]) -> dict
         batches = [
             collate([encoded[i] for i in range(s, min(s + 32, len(encoded)))]) for s in range(0, len(encoded), 32)
         ]
-        watch = Stopwatch(batches, rounds=ROUNDS)
+        watch = Stopwatch(batches, rounds=rounds)
         note("gated", run.model)
-        methods = sum(len(b.wirings[adapter].methods) for b in tuner.blocks())
         prune(
             run.model,
-            keep=round(keep * methods),
+            budget_params=int(share * sizes["gated"]),
             importance=taylor(run.model, training_batches(run, rows, labelled=True)),
         )
         note("pruned", run.model)
@@ -92,7 +91,7 @@ def one(task: str, seed: int, data: Path, keep: float, extra: list[str]) -> dict
         note("folded", whole)
         if whole is not run.model:
             sizes["folded"] = 0
-    return {"task": task, "seed": seed, "keep": keep, "score": scores, "parameters": sizes, "inference": times}
+    return {"task": task, "seed": seed, "share": share, "score": scores, "parameters": sizes, "inference": times}
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -121,7 +120,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a folder with one folder a task")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--share", type=float, default=0.6)
     parser.add_argument("--set", nargs="*", default=[], help="further changes of the recipes")
     parser.add_argument("--out", type=Path, default=Path("docs/data/compress.jsonl"))
     parser.add_argument("--table", action="store_true")
@@ -131,10 +131,10 @@ def main() -> None:
     journal = Journal(args.out)
     for seed in range(0 if args.table else args.seeds):
         for task in args.tasks:
-            key = f"{task}-{seed}-{args.keep}"
+            key = f"{task}-{seed}-{args.share}"
             with journal.claim(key) as mine:
-                if mine and not any(f"{r['task']}-{r['seed']}-{r['keep']}" == key for r in journal.records()):
-                    record = one(task, seed, args.data, args.keep, args.set)
+                if mine and not any(f"{r['task']}-{r['seed']}-{r['share']}" == key for r in journal.records()):
+                    record = one(task, seed, args.data, args.share, args.rounds, args.set)
                     journal.append(record)
                     print(json.dumps(record), flush=True)
     print(table(journal.records()))
