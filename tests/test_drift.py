@@ -14,7 +14,7 @@ import torch
 from scipy.stats import ks_2samp
 
 from fits import GATED, Make
-from law import GATES, attached
+from law import GATES, attached, together
 from pelton import DriftMonitor, MLPGate, freeze_gates, gate_drift, prune, record_gates, revive
 from pelton.cli.main import run as command
 from pelton.errors import AdapterError, SpecError
@@ -240,7 +240,7 @@ def test_a_monitor_keeps_no_forward_alive() -> None:
     assert monitor.seen == 15
     gc.collect()
     kept = [reservoir.rows for reservoir in monitor._kept.values()]
-    assert all(rows is not None and rows.shape == (2, 5) and rows.grad_fn is None for rows in kept)
+    assert all(rows is not None and rows.shape == (2, len(together(arch))) and rows.grad_fn is None for rows in kept)
     monitor.report()
 
 
@@ -263,21 +263,15 @@ def test_frozen_gates_do_not_drift() -> None:
 def test_a_monitor_knows_what_was_pruned() -> None:
     """The softmax gate has values for the pruned method; new inputs open it."""
     arch = ARCHS["bert"]
-    model = attached(arch)
-    prune(
-        model,
-        keep=9,
-        importance={
-            "0": dict.fromkeys(("lora", "bottleneck", "prefix", "ia3"), 1.0) | {"bitfit": 0.0},
-            "1": dict.fromkeys(("lora", "bottleneck", "prefix", "ia3", "bitfit"), 1.0),
-        },
-    )
+    model, kinds = attached(arch), [spec.kind for spec in together(arch)]
+    whole = dict.fromkeys(kinds, 1.0)
+    prune(model, keep=2 * len(kinds) - 1, importance={"0": whole | {"bitfit": 0.0}, "1": whole})
     batches = [arch.inputs(batch=4, seed=seed) for seed in range(60)]
 
     def open_up(value: float) -> None:
         with torch.no_grad():
             gate = model.base_model.model.bert.encoder.layer[0].pelton.gates["default"]
-            gate.out.bias[4] = value
+            gate.out.bias[kinds.index("bitfit")] = value
 
     open_up(-1.0)
     with record_gates(model) as log, torch.no_grad():
