@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from pelton.tuner.controls import evaluating
 
 Batches = Iterable[Mapping[str, Any]]
 BlockValues = dict[str, dict[str, float]]
@@ -22,15 +23,3 @@ def run_over(model: nn.Module, batches: Batches) -> None:
         for batch in batches:
             inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
             model(**inputs, **({"use_cache": False} if cached and "use_cache" not in inputs else {}))
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts every module in evaluation mode for a while, and back as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

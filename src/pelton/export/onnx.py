@@ -19,9 +19,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from pelton.compress.over import evaluating
 from pelton.errors import AdapterError, TrainingError
 from pelton.tuner.atomic import as_before
+from pelton.tuner.controls import evaluating
 from pelton.tuner.store import draft_beside, exchange
 
 LIMIT = 1e-4

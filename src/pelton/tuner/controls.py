@@ -1,4 +1,4 @@
-"""What changes on a model without attaching anything anew: which methods are on, stages, temperature, penalties."""
+"""What changes on a model without attaching anything anew: methods that are on, stages, temperature, penalties, modes."""
 
 from __future__ import annotations
 
@@ -117,6 +117,18 @@ def gate_penalty(model: nn.Module) -> Iterator[GatePenalty]:
     finally:
         for tuner, one in zip(found, before, strict=True):
             tuner.penalty_taker = one
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Puts every module in evaluation mode for a while, and back as it was: no dropout, no checkpointing."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def tuners(model: nn.Module) -> list[PeltonModel]:

@@ -26,7 +26,7 @@ from pelton.errors import AdapterError
 from pelton.methods.bottleneck import BottleneckPart
 from pelton.methods.lora import LoRAPart
 from pelton.tuner.block import GatedBlock
-from pelton.tuner.controls import tuners
+from pelton.tuner.controls import evaluating, tuners
 from pelton.tuner.model import PeltonModel
 from pelton.tuner.plan import Edit
 
@@ -63,7 +63,7 @@ def initialize_from_gradients(
     if not sketches:
         return 0
     seen = 0
-    with _watching(tuner, sketches), _evaluating(model), torch.enable_grad():
+    with _watching(tuner, sketches), evaluating(model), torch.enable_grad():
         for batch in batches:
             seen += _look(model, batch, sketches)
             if seen >= examples:
@@ -215,15 +215,3 @@ def _look(model: nn.Module, batch: Mapping[str, Any], sketches: list[_Sketch]) -
     for sketch in sketches:
         sketch.add([next(gradients) for _ in sketch.outputs])
     return next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts every module in evaluation mode for a while: no dropout, no checkpointing."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
