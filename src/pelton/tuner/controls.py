@@ -1,4 +1,4 @@
-"""What changes on a model without attaching anything anew: methods that are on, stages, temperature, penalties, modes."""
+"""What changes on a model without attaching anything anew: methods that are on, stages, temperature, penalties."""
 
 from __future__ import annotations
 
