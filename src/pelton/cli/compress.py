@@ -37,7 +37,9 @@ def prune(
     budget_params: Annotated[int | None, typer.Option(min=1, help="So many parameters of methods may stay.")] = None,
     budget_latency: Annotated[
         float | None,
-        typer.Option(help="So many times the plain backbone's inference time may be taken, such as 1.05; measured."),
+        typer.Option(
+            min=1.0, help="So many times the plain backbone's inference time may be taken, such as 1.05; measured."
+        ),
     ] = None,
 ) -> None:
     """Take the methods that help least out of a run's blocks; says what that costs."""
