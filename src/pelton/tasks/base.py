@@ -87,6 +87,25 @@ class Task(ABC, Generic[SettingsT]):
 
         return load(AutoTokenizer)
 
+    def make_processor(self, config: Any, examples: Examples) -> Any:
+        """Makes what turns inputs into tensors for a backbone that starts from random weights.
+
+        Args:
+            config: The backbone's.
+            examples: Those of training.
+
+        Raises:
+            DataError: this kind needs the processor of a pretrained backbone.
+        """
+        raise DataError(
+            f"{self.settings.kind} reads its inputs with the tokenizer of a pretrained backbone, and a new one has "
+            "none. Name a pretrained backbone."
+        )
+
+    def config_options(self, processor: Any) -> dict[str, Any]:
+        """Returns what a new backbone's config must say of the processor that was made: sizes and special tokens."""
+        return {}
+
     @property
     @abstractmethod
     def metrics(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ from pelton.tasks.columns import LABELS, pick_column
 from pelton.tasks.labels import Labels, find_labels
 from pelton.tasks.metrics import class_metric_names, class_metrics, softmax
 from pelton.tasks.pictures import Picture, as_picture
-from pelton.tasks.pixels import Augment, ImageFeatures, load_image_processor
+from pelton.tasks.pixels import Augment, ImageFeatures, load_image_processor, new_image_processor
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.tables import Table
 
@@ -87,6 +87,10 @@ class ImageClassification(Task[ImageSettings]):
     def load_processor(self, load: Any) -> Any:
         """Loads the backbone's image processor, or a plain one with a warning."""
         return load_image_processor(load)
+
+    def make_processor(self, config: Any, examples: Examples) -> Any:
+        """Makes one that resizes to the backbone's image size."""
+        return new_image_processor(config)
 
     @property
     def metrics(self) -> tuple[str, ...]:

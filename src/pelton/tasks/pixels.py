@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from pelton.errors import RecipeError
+from pelton.errors import DataError, RecipeError
 from pelton.tasks.pictures import Picture
 
 Augment = Literal["none", "flip", "crop"]
@@ -77,6 +77,21 @@ def load_image_processor(load: Any) -> Any:
             stacklevel=2,
         )
         return plain
+
+
+def new_image_processor(config: Any) -> Any:
+    """Makes the image processor of a new backbone: resized to its image size, pixels from −1 to 1.
+
+    Raises:
+        DataError: the backbone has no image size.
+    """
+    from transformers import ViTImageProcessorPil
+
+    size = getattr(config, "image_size", None)
+    if size is None:
+        raise DataError(f"A new {config.model_type} has no image_size, so it reads no images. Name another type.")
+    height, width = (size, size) if isinstance(size, int) else size
+    return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=HALF, image_std=HALF)
 
 
 class ImageFeatures(Dataset[dict[str, Any]]):

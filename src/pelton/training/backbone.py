@@ -21,6 +21,7 @@ from pelton.methods import METHODS
 from pelton.tasks.base import Task
 from pelton.tasks.heads import MeanPoolingClassifier
 from pelton.training.recipe import AdapterSettings
+from pelton.training.scratch import is_new, new_config
 from pelton.tuner.config import PeltonConfig
 
 PREFIX = "pkg:"
@@ -116,7 +117,7 @@ def load_trained(task: Task[Any], folder: Path, attention: str | None = None) ->
 
 def load_skeleton(backbone: str) -> PreTrainedModel:
     """Builds a model from its config alone, without memory for weights."""
-    config = _load(AutoConfig, backbone)
+    config = new_config(backbone, {}) if is_new(backbone) else _load(AutoConfig, backbone)
     with torch.device("meta"):
         return AutoModel.from_config(config)
 

@@ -17,6 +17,7 @@ from pelton.tasks.splits import PREFIX, load_splits
 from pelton.tasks.tables import READERS, extension
 from pelton.training.backbone import load_processor, quiet
 from pelton.training.loading import load_recipe, parse_recipe, shipped_recipes
+from pelton.training.scratch import is_new
 
 
 def examine(source: str, overrides: Sequence[str] = (), backbone: str | None = None) -> DataReport:
@@ -36,7 +37,8 @@ def examine(source: str, overrides: Sequence[str] = (), backbone: str | None = N
         recipe = load_recipe(source, overrides)
         settings, backbone = recipe.task, backbone or recipe.backbone
     with quiet():
-        return check_data(settings, None if backbone is None else partial(load_processor, backbone))
+        words = backbone is None or is_new(backbone)  # a new backbone has no tokenizer yet
+        return check_data(settings, None if words else partial(load_processor, str(backbone)))
 
 
 def _is_data(source: str) -> bool:

@@ -215,6 +215,8 @@ def _save_weights(run: Run) -> None:
     if run.recipe.training.train_backbone:
         save_model(run.model, run.folder.model)
     run.model.save_pretrained(run.folder.adapter if isinstance(run.model, PeftModel) else run.folder.model)
+    if run.folder.model.is_dir() and hasattr(run.processor, "save_pretrained"):
+        run.processor.save_pretrained(run.folder.model)  # so that the folder is a backbone
 
 
 def _finish(run: Run, data: Loaded) -> Run:

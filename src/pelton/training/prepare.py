@@ -16,11 +16,20 @@ import transformers
 from pelton.errors import RecipeError
 from pelton.tasks.base import Task
 from pelton.tasks.load import Loaded, load_task
-from pelton.training.backbone import adapter_config, attach, freeze, load_backbone, load_processor, locate
+from pelton.training.backbone import (
+    adapter_config,
+    attach,
+    freeze,
+    head_modules,
+    load_backbone,
+    load_processor,
+    locate,
+)
 from pelton.training.feasible import require_adapter, require_objective, require_trackers
 from pelton.training.features import require_streamable
 from pelton.training.pruning import require_prunable
 from pelton.training.recipe import Recipe, TrainingSettings
+from pelton.training.scratch import is_new, new_backbone
 from pelton.training.unfrozen import unfreeze
 from pelton.tuner.controls import tuners
 from pelton.tuner.initialize import initialize_from_gradients
@@ -54,8 +63,7 @@ def prepare(recipe: Recipe) -> Prepared:
     require_objective(recipe.training, data)
     recipe = _resolve(recipe, data.task)
     transformers.set_seed(recipe.training.seed)
-    processor = load_processor(recipe.backbone, data.task)
-    model, new = load_backbone(recipe.backbone, data.task, processor, recipe.attention)
+    model, new, processor = _backbone(recipe, data)
     data.task.start(model, partial(_batches, data, processor, recipe.training.eval_batch_size))
     if config is not None:
         model = attach(model, config, new, data.task.peft_type)
@@ -66,6 +74,17 @@ def prepare(recipe: Recipe) -> Prepared:
     elif recipe.adapter is not None:
         model = freeze(model, new)
     return Prepared(recipe, data, processor, model)
+
+
+def _backbone(recipe: Recipe, data: Loaded) -> tuple[Any, list[str], Any]:
+    """Loads or makes the model under the task's head; returns it, its modules that are new, and the processor."""
+    task = data.task
+    if is_new(recipe.backbone):
+        some = data.splits["train"] if data.stream is None else next(data.stream.examples())
+        model, processor = new_backbone(recipe.backbone, recipe.backbone_config, task, some, recipe.attention)
+        return model, head_modules(model) if task.new_head else [], processor
+    processor = load_processor(recipe.backbone, task)
+    return *load_backbone(recipe.backbone, task, processor, recipe.attention), processor
 
 
 def initialize(prepared: Prepared) -> None:

@@ -173,7 +173,9 @@ class Recipe(Section):
     Attributes:
         name: What the run's folder is called after.
         description: One line for `pelton recipes`.
-        backbone: A hub name, a local folder, or `pkg:package/folder` for one inside an installed Python package.
+        backbone: A hub name, a local folder, `pkg:package/folder` for one inside an installed Python package, or
+            `new:MODEL_TYPE` for random weights.
+        backbone_config: What a new backbone's config says beside the defaults of its type.
         attention: How attention is computed, in the words of transformers (`eager`, `sdpa` …); its choice if not given.
         task: The data and the head.
         adapter: What is attached; null trains the whole backbone instead.
@@ -184,6 +186,7 @@ class Recipe(Section):
     name: Annotated[str, Field(pattern=r"^[\w.-]+$")] = "run"
     description: str = ""
     backbone: str
+    backbone_config: dict[str, Any] = Field(default_factory=dict)
     attention: str | None = None
     task: AnySettings
     adapter: AdapterSettings | None = AdapterSettings()
@@ -202,6 +205,18 @@ class Recipe(Section):
     def trains_backbone(self) -> bool:
         """Whether the pretrained weights are trained."""
         return self.adapter is None or self.training.train_backbone
+
+    @model_validator(mode="after")
+    def _random_weights_are_trained(self) -> Self:
+        new = self.backbone.startswith("new:")
+        if new and not self.trains_backbone:
+            raise ValueError(
+                f"backbone {self.backbone} has random weights, which must be trained: set adapter=null, or "
+                "training.train_backbone=true"
+            )
+        if self.backbone_config and not new:
+            raise ValueError("backbone_config is for a backbone of random weights: set backbone=new:MODEL_TYPE")
+        return self
 
     @model_validator(mode="after")
     def _what_is_set_is_there(self) -> Self:

@@ -18,6 +18,7 @@ from pelton.training.folder import RunFolder
 from pelton.training.inference import infer, pass_over
 from pelton.training.loading import load_recipe
 from pelton.training.recipe import Recipe
+from pelton.training.scratch import is_new
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Run:
         recipe = load_recipe(folder.recipe)
         task = restore_task(recipe.task, folder.read("task"))
         with quiet():
-            processor = load_processor(recipe.backbone, task)
+            processor = load_processor(str(folder.model) if is_new(recipe.backbone) else recipe.backbone, task)
             model = _load_model(folder, recipe, task, processor)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return cls(folder, recipe, task, processor, model.to(device))

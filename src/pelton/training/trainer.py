@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
 from transformers.trainer_pt_utils import LabelSmoother
 
 from pelton.errors import TrainingError
@@ -23,7 +23,7 @@ from pelton.training.optimizer import make_optimizer, parameter_groups, trained_
 from pelton.training.pruning import Pruner
 from pelton.training.recipe import TrainingSettings
 from pelton.training.trackers import log_into
-from pelton.training.unfrozen import load_weights, save_weights
+from pelton.training.unfrozen import load_weights, load_whole, save_weights
 from pelton.tuner.controls import gate_penalty
 from pelton.tuner.penalise import share_of_step
 
@@ -145,14 +145,19 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         if self.pruner is not None:  # what is gone has no place in the weights, nor in the optimizer's state
             self.pruner.restore(Path(resume_from_checkpoint), self.create_optimizer())
         super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.settings.train_backbone:
-            load_weights(self.model, Path(resume_from_checkpoint))
+        self._load_backbone(Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """Reads the best checkpoint's weights, likewise."""
         super()._load_best_model()
+        self._load_backbone(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_backbone(self, checkpoint: Path) -> None:
+        """Reads what transformers' trainer does not, or does by names that files need not have."""
         if self.settings.train_backbone:
-            load_weights(self.model, Path(str(self.state.best_model_checkpoint)))
+            load_weights(self.model, checkpoint)
+        elif isinstance(self.model, PreTrainedModel):
+            load_whole(self.model, checkpoint)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         """Lets no checkpoint be the best before the last methods are gone: what is kept is what was asked for."""

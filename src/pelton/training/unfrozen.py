@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pelton.training.optimizer import trained_groups
 
@@ -38,6 +39,15 @@ def load_weights(model: PeftModel, folder: Path) -> None:
     with torch.no_grad():
         for name, parameter in trained_groups(model)["backbone"]:
             parameter.copy_(saved[name])
+
+
+def load_whole(model: PreTrainedModel, folder: Path) -> None:
+    """Reads a checkpoint into a model without an adapter, as `from_pretrained` does.
+
+    The trainer of transformers 5.23 looks for the names that parameters have in memory, while `save_pretrained` writes
+    those of older releases where they differ (ViT, CLIP …), and then leaves such weights as they are.
+    """
+    model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
 
 
 def save_model(model: PeftModel, folder: Path) -> None:
