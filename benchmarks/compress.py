@@ -127,7 +127,7 @@ def stopwatch(run: Run, examples: Examples, rounds: int) -> Stopwatch:
 def table(records: list[dict[str, Any]]) -> str:
     """Returns Markdown: a row a way and task, means over seeds; a row of means over tasks for each way."""
     lines = [
-        "| way | task | seeds | gated | smaller | frozen | folded | change | parameters left | inference gated → folded |",
+        "| way | task | seeds | gated | smaller | frozen | folded | frozen − gated | parameters | inference |",
         "|" + " --- |" * 10,
     ]
     for way in WAYS:
