@@ -68,6 +68,15 @@ class Part(nn.Module):
     order: ClassVar[int] = 0
     origin: str | None = None
 
+    @property
+    def first(self) -> Tensor | None:
+        """The matrix [R, I] whose product with x is all that the part reads of x, where it is so.
+
+        Layers with one input (queries, keys and values) have their parts' products computed as one: `forward` of such
+        a part takes its own, x · firstᵀ [B, T, R], as `z`.
+        """
+        return None
+
     def forward(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
         """Returns the edited tensor.
 

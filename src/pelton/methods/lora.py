@@ -73,11 +73,16 @@ class LoRAPart(Part):
         self.B = nn.Parameter(torch.zeros(shape.out_features, spec.rank))
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
-    def forward(self, y: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-        """Returns y + g · scaling · B A x, [B, T, O]."""
-        if self.dropout:
-            x = F.dropout(x, self.dropout, self.training)
-        z = F.linear(x, self.A.to(x.dtype))
+    @property
+    def first(self) -> Tensor | None:
+        """A, where no dropout of its own stands before it."""
+        return None if self.dropout else self.A
+
+    def forward(self, y: Tensor, x: Tensor, gate: Tensor, z: Tensor | None = None) -> Tensor:
+        """Returns y + g · scaling · B A x, [B, T, O]; `z` is A x, [B, T, R], where that is there already."""
+        if z is None:
+            x = F.dropout(x, self.dropout, self.training) if self.dropout else x
+            z = F.linear(x, self.A.to(x.dtype))
         return add_product(y, z * (gate * self.scaling).to(z.dtype), self.B.to(z.dtype))
 
     def fold(self, weight: Tensor, bias: Tensor | None, gate: Tensor) -> tuple[Tensor, Tensor | None]:

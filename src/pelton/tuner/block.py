@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from pelton.anatomy import Block
 from pelton.gates import Gate
 from pelton.methods import DilatedPart, Part, PrefixPart
-from pelton.tuner.plan import BlockPlan, Edits, Wiring
+from pelton.tuner.plan import BlockPlan, Edit, Edits, Wiring
+from pelton.tuner.products import products
 
 if TYPE_CHECKING:
     from pelton.tuner.taps import Taps
@@ -55,6 +56,7 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
         self._batch = 0
         self._values: dict[str, Tensor] = {}
         self._inputs: dict[str, Tensor] = {}
+        self._products: dict[tuple[str, tuple[str, ...]], tuple[Tensor, dict[str, Tensor]]] = {}
 
     def add(self, adapter: str, plan: BlockPlan) -> None:
         """Takes in the gate and the parts of one more adapter."""
@@ -94,7 +96,7 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
             x: the block's input, [B, T, D].
             mask: 1 for tokens and 0 for padding, [B, T]; None when nothing is padded.
         """
-        self._batch = x.shape[0]
+        self._batch, self._products = x.shape[0], {}
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             # Recomputation by checkpointing does not reach the end of the block: clean up when backward ends.
             torch.autograd.Variable._execution_engine.queue_callback(self.close)
@@ -111,7 +113,7 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
 
     def close(self) -> None:
         """Forgets the gate values and inputs of this forward."""
-        self._values, self._inputs = {}, {}
+        self._values, self._inputs, self._products = {}, {}, {}
 
     def keep_input(self, path: str, x: Tensor) -> None:
         """Keeps a layer's input for parts at another site that read it."""
@@ -137,12 +139,33 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
                 source = self._inputs[part.origin] if part.origin else x
                 gate = self._values[name][..., edit.number : edit.number + 1]
                 if rows is None:
-                    y = _in_slice(part, y, source, self._fit(gate, y), edit.start, edit.stop)
+                    z = self._product(name, edit, source)
+                    y = _in_slice(part, y, source, self._fit(gate, y), edit, z)
                 else:
                     at = self.window_rows(rows, y)
-                    some = _in_slice(part, y[at], source[at], self._fit(gate, y[at]), edit.start, edit.stop)
+                    z = self._product(name, edit, source, at)
+                    some = _in_slice(part, y[at], source[at], self._fit(gate, y[at]), edit, z)
                     y = y.index_copy(0, at, some)
         return y
+
+    def _product(self, name: str, edit: Edit, x: Tensor, at: Tensor | None = None) -> Tensor | None:
+        """Returns x · firstᵀ [B, T, R] of a part, computed with those of all parts that read x; None for one alone.
+
+        Args:
+            name: the adapter.
+            edit: the part.
+            x: the layer's input.
+            at: the adapter's rows of it; None means all.
+        """
+        keys = self.wirings[name].together.get((edit.kind, edit.key))
+        if keys is None:
+            return None
+        of, found = self._products.get((name, keys), (None, {}))
+        if of is not x:
+            mine = x if at is None else x[at]
+            found = products({key: self.part(name, edit.kind, key) for key in keys}, mine)
+            self._products[name, keys] = (x, found)
+        return found[edit.key]
 
     def attends(self, name: str) -> bool:
         """Tells whether an adapter does anything inside the attention."""
@@ -201,7 +224,7 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the tensors of a forward out of copies and pickles."""
-        return self.__dict__ | {"_values": {}, "_inputs": {}, "kept": None, "routes": None}
+        return self.__dict__ | {"_values": {}, "_inputs": {}, "_products": {}, "kept": None, "routes": None}
 
 
 def gate_of(block: GatedBlock, adapter: str) -> Gate:
@@ -217,7 +240,10 @@ def _full_precision(device: str) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
-def _in_slice(part: nn.Module, y: Tensor, x: Tensor, gate: Tensor, start: int | None, stop: int | None) -> Tensor:
-    if start is None:
-        return part(y, x, gate)  # type: ignore[no-any-return]
-    return torch.cat([y[..., :start], part(y[..., start:stop], x, gate), y[..., stop:]], dim=-1)
+def _in_slice(part: nn.Module, y: Tensor, x: Tensor, gate: Tensor, edit: Edit, z: Tensor | None = None) -> Tensor:
+    """Applies a part to its slice of y; `z` is what `Part.first` gives of x, where it is there already."""
+    given = {} if z is None else {"z": z}
+    if edit.start is None:
+        return part(y, x, gate, **given)  # type: ignore[no-any-return]
+    edited = part(y[..., edit.start : edit.stop], x, gate, **given)
+    return torch.cat([y[..., : edit.start], edited, y[..., edit.stop :]], dim=-1)

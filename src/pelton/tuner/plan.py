@@ -17,6 +17,7 @@ from pelton.errors import AdapterError, AnatomyError, SpecError
 from pelton.gates import Gate, Place
 from pelton.methods import DilatedAttention, DilatedPart, MethodSpec, Part, PrefixPart
 from pelton.tuner.config import PeltonConfig
+from pelton.tuner.products import together
 
 Edits = Literal["input", "output"]
 EDITS: tuple[Edits, ...] = ("input", "output")
@@ -51,6 +52,8 @@ class Wiring:
         methods: the specs of the parts that are here.
         numbers: their numbers among the gate values; a gate may have values for methods that were pruned.
         edits: for a layer's path and its input or output, the parts that edit it, in order.
+        together: for a part's kind and key, the keys of all parts whose products with their layers' common input are
+            computed as one.
         origins: for a layer's path, the site under whose name its input is kept for parts that read it elsewhere.
     """
 
@@ -58,6 +61,7 @@ class Wiring:
     numbers: tuple[int, ...]
     edits: dict[tuple[str, Edits], tuple[Edit, ...]]
     origins: dict[str, str]
+    together: dict[tuple[str, str], tuple[str, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +220,8 @@ def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, .
                 else:
                     raise SpecError(f"{spec.kind!r} built a {type(part).__name__}; expected a Part.")
     ordered = {where: tuple(sorted(some, key=lambda e: e.order)) for where, some in edits.items()}
-    return BlockPlan(block, gate, parts, Wiring(left, numbers, ordered, origins))
+    own = {edit.key for (_, what), some in ordered.items() if what == "input" for edit in some}
+    return BlockPlan(block, gate, parts, Wiring(left, numbers, ordered, origins, together(parts, own)))
 
 
 def _origin(block: Block, site: str) -> str:
