@@ -126,6 +126,14 @@ def _gpt2() -> nn.Module:
     )
 
 
+def _minigpt(positions: str, **more: Any) -> Callable[[], nn.Module]:
+    def make() -> nn.Module:
+        config = tf.AutoConfig.for_model("minigpt", positions=positions, **TEXT, **more)
+        return tf.AutoModelForCausalLM.from_config(config)
+
+    return make
+
+
 def _distilbert() -> nn.Module:
     config = tf.DistilBertConfig(dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=VOCAB)
     return tf.DistilBertForSequenceClassification(config)
@@ -186,6 +194,9 @@ ARCHS = {
             causal=True,
         ),
         Arch("phi3", _decoder("Phi3"), causal=True),
+        Arch("minigpt", _minigpt("rotary"), causal=True),
+        Arch("minigpt-alibi", _minigpt("alibi", norm="post"), causal=True),
+        Arch("minigpt-learned", _minigpt("learned", tie_word_embeddings=False), causal=True),
         Arch("t5", _t5, kind="seq2seq", causal=True),
         Arch("bart", lambda: tf.BartForConditionalGeneration(tf.BartConfig(**SEQ2SEQ)), kind="seq2seq", causal=True),
         Arch("vit", lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION)), kind="image", grid=True),
