@@ -10,6 +10,8 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+from pelton.models.minigpt import MiniGPTConfig, MiniGPTForCausalLM
+
 VOCAB, WIDTH, SEQ = 99, 32, 9
 
 TEXT = dict(
@@ -127,11 +129,7 @@ def _gpt2() -> nn.Module:
 
 
 def _minigpt(positions: str, **more: Any) -> Callable[[], nn.Module]:
-    def make() -> nn.Module:
-        config = tf.AutoConfig.for_model("minigpt", positions=positions, **TEXT, **more)
-        return tf.AutoModelForCausalLM.from_config(config)
-
-    return make
+    return lambda: MiniGPTForCausalLM(MiniGPTConfig(positions=positions, **TEXT, **more))
 
 
 def _distilbert() -> nn.Module:

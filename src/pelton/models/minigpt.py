@@ -170,7 +170,7 @@ class MiniGPTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     def _init_weights(self, module: nn.Module) -> None:
         """Draws weights from N(0, σ²), those that add to the stream from N(0, σ² / 2L) (Radford et al. 2019, 2.3).
 
-        2L sums of one size then leave the stream's variance where one of the full size would.
+        The variances of 2L sums that know nothing of each other then add up to that of one of the full size.
         """
         super()._init_weights(module)
         std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
