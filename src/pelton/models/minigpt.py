@@ -71,6 +71,10 @@ def eager_attention_forward(
     return (F.dropout(weights, dropout, module.training) @ value).transpose(1, 2).contiguous(), weights
 
 
+class IntoStream(nn.Linear):
+    """A layer whose output is added to the stream of hidden states; it starts smaller than others."""
+
+
 class MiniGPTAttention(nn.Module):
     """H attentions side by side, each of K = D / H features, and a layer that mixes them."""
 
@@ -83,9 +87,8 @@ class MiniGPTAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         # q · k of independent features of variance 1 has variance K; undivided, the softmax would saturate as K grows.
         self.scaling = self.head_dim**-0.5
-        self.q_proj, self.k_proj, self.v_proj, self.o_proj = (
-            nn.Linear(config.hidden_size, config.hidden_size) for _ in range(4)
-        )
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(3))
+        self.o_proj = IntoStream(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -122,7 +125,7 @@ class MiniGPTMLP(nn.Module):
         super().__init__()
         assert config.intermediate_size is not None  # the config has filled it in
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+        self.fc2 = IntoStream(config.intermediate_size, config.hidden_size)
         self.activation = ACT2FN[config.activation]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -173,11 +176,10 @@ class MiniGPTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         The variances of 2L sums that know nothing of each other then add up to that of one of the full size.
         """
         super()._init_weights(module)
-        std = self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
-        if isinstance(module, MiniGPTAttention):
-            init.normal_(module.o_proj.weight, std=std)
-        elif isinstance(module, MiniGPTMLP):
-            init.normal_(module.fc2.weight, std=std)
+        if isinstance(module, IntoStream):
+            init.normal_(
+                module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
+            )
 
 
 class MiniGPTModel(MiniGPTPreTrainedModel):
