@@ -71,8 +71,11 @@ def eager_attention_forward(
     return (F.dropout(weights, dropout, module.training) @ value).transpose(1, 2).contiguous(), weights
 
 
-class IntoStream(nn.Linear):
-    """A layer whose output is added to the stream of hidden states; it starts smaller than others."""
+def into_stream(size_in: int, size_out: int) -> nn.Linear:
+    """Makes a layer whose output is added to the stream of hidden states; marked, since it starts smaller."""
+    layer = nn.Linear(size_in, size_out)
+    layer.into_stream = True  # type: ignore[assignment]
+    return layer
 
 
 class MiniGPTAttention(nn.Module):
@@ -88,7 +91,7 @@ class MiniGPTAttention(nn.Module):
         # q · k of independent features of variance 1 has variance K; undivided, the softmax would saturate as K grows.
         self.scaling = self.head_dim**-0.5
         self.q_proj, self.k_proj, self.v_proj = (nn.Linear(config.hidden_size, config.hidden_size) for _ in range(3))
-        self.o_proj = IntoStream(config.hidden_size, config.hidden_size)
+        self.o_proj = into_stream(config.hidden_size, config.hidden_size)
 
     def forward(
         self,
@@ -125,7 +128,7 @@ class MiniGPTMLP(nn.Module):
         super().__init__()
         assert config.intermediate_size is not None  # the config has filled it in
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.fc2 = IntoStream(config.intermediate_size, config.hidden_size)
+        self.fc2 = into_stream(config.intermediate_size, config.hidden_size)
         self.activation = ACT2FN[config.activation]
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -176,7 +179,7 @@ class MiniGPTPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
         The variances of 2L sums that know nothing of each other then add up to that of one of the full size.
         """
         super()._init_weights(module)
-        if isinstance(module, IntoStream):
+        if getattr(module, "into_stream", False):
             init.normal_(
                 module.weight, std=self.config.initializer_range / math.sqrt(2 * self.config.num_hidden_layers)
             )

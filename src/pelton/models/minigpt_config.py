@@ -41,7 +41,7 @@ class MiniGPTConfig(PreTrainedConfig):  # type: ignore[misc]
     """
 
     model_type = "minigpt"
-    keys_to_ignore_at_inference = ("past_key_values",)
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012
 
     vocab_size: int = 256
     hidden_size: int = 256
