@@ -183,7 +183,7 @@ def _read(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    return [json.loads(line) for line in content.decode("utf-8").splitlines()]
+    return [json.loads(line) for line in content.decode("utf-8").split("\n") if line]
 
 
 def _options() -> argparse.Namespace:
