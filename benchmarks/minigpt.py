@@ -10,7 +10,7 @@ Forgetting is the loss on Shakespeare's test part after adaptation less that bef
 adapter off it is what the backbone gives, to the bit: that is measured too. Finished runs are lines of an append-only
 file.
 
-    python benchmarks/minigpt.py --data FOLDER --backbone RUN/model [--steps 100] [--seeds 0 1 2] [--out FILE.jsonl]
+    python benchmarks/minigpt.py --data FOLDER --backbone RUN/model [--steps 60] [--seeds 0 1 2] [--out FILE.jsonl]
     python benchmarks/minigpt.py --table --out FILE.jsonl
 
 FOLDER has tiny_shakespeare/test.txt.gz and gsm8k/{train,test}.jsonl.gz.
@@ -51,7 +51,7 @@ METHODS: dict[str, tuple[dict[str, Any], str, tuple[float, float]]] = {
 }
 """What each method changes in the recipe, the key of its rate, and the rates that it chooses from."""
 
-TRAIN, VALIDATION, TEST = 2000, 150, 200
+TRAIN, VALIDATION, TEST = 2000, 100, 100
 """Questions that are used; the first come from GSM8K's training rows, the last from its test rows."""
 
 
@@ -190,7 +190,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="A MiniGPT is taught another text.")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--backbone", type=Path)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("minigpt.jsonl"))
     parser.add_argument("--table", action="store_true")

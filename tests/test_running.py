@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from pelton.training.loading import parse_recipe
 from pelton.training.run import Run
 
 TEXT = "the cat sat on the mat.\nthe dog sat on the log.\n" * 12
+SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tiny_shakespeare"
 HELD = "the cat sat on the log.\nthe dog sat on the mat.\n" * 3
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 32}
 
@@ -263,3 +265,47 @@ def test_a_pretrained_backbone_has_its_own_tokenizer(tmp_path: Path, trained: Ru
 def test_a_vocabulary_of_another_size_contradicts_the_text(tmp_path: Path) -> None:
     config = SMALL | {"vocab_size": 999}
     refused(tmp_path, "backbone_config.vocab_size is 999", save_texts(tmp_path / "data"), backbone_config=config)
+
+
+# What ships
+
+
+def test_the_recipes_run_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = [f"--set=backbone_config.{key}={value}" for key, value in SMALL.items()]
+    short = ["--set=task.block_size=32", "--set=task.max_new_tokens=8", "--set=training.max_steps=4"]
+    short += ["--set=task.stride=null", "--set=training.evaluate_every=4", "--set=training.trackers=none"]
+    data, out = f"--set=task.data={save_texts(tmp_path / 'data')}", ["--output", str(tmp_path / "runs")]
+    assert command(["fit", "minigpt-shakespeare", data, *small, *short, *out]) == 0
+    assert "loss_per_char" in capsys.readouterr().out
+    (first,) = (tmp_path / "runs").iterdir()
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"question": f"{TEXT[:60]}{n}?"}) + "\n" for n in range(20)))
+    changes = [f"--set=backbone={first / 'model'}", f"--set=task.data={rows}", "--set=task.text_column=question"]
+    assert command(["fit", "minigpt-adapt", *changes, *short, *out]) == 0
+    (second,) = (path for path in (tmp_path / "runs").iterdir() if path != first)
+    assert json.loads((second / "data.json").read_text())["examples"] == {"train": 18, "validation": 2}
+
+
+def test_the_benchmark_writes_its_table() -> None:
+    module = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks" / "minigpt.py"))
+    line = {"stage": "adapted", "method": "lora", "forgetting_off": 0.0, "trainable": 1234}
+    lines = [
+        {"stage": "before", "new": 2.5, "old": 1.5, "unknown": 0.02},
+        line | {"rate": 1e-3, "seed": 0, "validation": 2.0, "new": 2.1, "forgetting": 0.5},
+        line | {"rate": 3e-3, "seed": 0, "validation": 1.9, "new": 2.0, "forgetting": 0.3},
+        line | {"rate": 3e-3, "seed": 1, "validation": 2.2, "new": 2.2, "forgetting": 0.5},
+    ]
+    table = module["table"](lines)
+    assert "Before: 2.500 nats a character on the questions (2.0% of them unknown), 1.500 on the plays." in table
+    assert table.splitlines()[-1] == "| lora | 0.003 | 2.100 ± 0.141 | 0.400 ± 0.141 | 0 | 2 | 1,234 |"
+
+
+@pytest.mark.skipif(not SHAKESPEARE.is_dir(), reason="the text is not on this machine")
+def test_shakespeares_characters() -> None:
+    loaded = task_of(SHAKESPEARE)
+    tokenizer = loaded.task.make_processor(None, loaded.splits["train"])
+    assert len(tokenizer) == 65 + 2
+    features = loaded.task.judged(loaded.splits["validation"], tokenizer)
+    counted = sum(label != -100 for labels in features["labels"] for label in labels)
+    assert counted == len(loaded.splits["validation"].inputs[0]) == 55770
+    assert sum(count for counts in features["unknown"] for count in counts) == 0
