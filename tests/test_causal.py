@@ -52,7 +52,18 @@ CHATML = (
 )
 SPECIAL = ["<pad>", "<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]
 LETTERS = "abcdefghijklmnopqrstuvwxyzAIR0123456789 \n.,:#?+=-'"
-DECODERS = ["gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma3", "phi3"]
+DECODERS = [
+    "gpt2",
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma3",
+    "phi3",
+    "minigpt",
+    "minigpt-alibi",
+    "minigpt-learned",
+]
 GATED = {
     "methods": [
         {"kind": "lora", "rank": 2},

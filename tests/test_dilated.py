@@ -220,7 +220,7 @@ def plain(arch: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("method", ["dilated", "dilated-rates"])
-@pytest.mark.parametrize("name", ["bert", "llama", "t5", "gemma3", "modernbert"])
+@pytest.mark.parametrize("name", ["bert", "llama", "t5", "gemma3", "modernbert", "minigpt-alibi"])
 def test_a_closed_gate_is_the_backbone_to_the_bit(name: str, method: str, attention: str) -> None:
     arch, inputs = ARCHS[name], ARCHS[name].inputs()
     model, backbone = attached(arch, FixedGate(0.0), [METHODS[method]]), arch.build()
@@ -271,7 +271,7 @@ def test_left_padding_moves_no_segment() -> None:
 
 
 @pytest.mark.parametrize("method", ["dilated", "dilated-rates"])
-@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "qwen3", "gpt2"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "mistral", "qwen3", "gpt2", "minigpt", "minigpt-alibi"])
 @pytest.mark.parametrize("cache", ["grows", "static"])
 def test_chunks_with_a_cache_equal_the_whole(name: str, method: str, cache: str) -> None:
     arch = ARCHS[name]

@@ -19,6 +19,7 @@ LIMIT = 1e-4
 
 
 NAMES = ["bert", "modernbert", "gpt2", "llama", "qwen3", "t5", "bart", "vit", "swin"]
+NAMES += ["minigpt", "minigpt-alibi", "minigpt-learned"]
 """Representative backbones. Each compiles and exports without an adapter, so that what fails here is the adapter's."""
 
 FORMS = {name: METHODS[name] for name in ("bottleneck-parallel", "prefix-mlp", "prefix-token", "dilated-rates")} | {

@@ -10,6 +10,8 @@ import torch
 import transformers as tf
 from torch import Tensor, nn
 
+from pelton.models.minigpt import MiniGPTConfig, MiniGPTForCausalLM
+
 VOCAB, WIDTH, SEQ = 99, 32, 9
 
 TEXT = dict(
@@ -126,6 +128,10 @@ def _gpt2() -> nn.Module:
     )
 
 
+def _minigpt(positions: str, **more: Any) -> Callable[[], nn.Module]:
+    return lambda: MiniGPTForCausalLM(MiniGPTConfig(positions=positions, **TEXT, **more))
+
+
 def _distilbert() -> nn.Module:
     config = tf.DistilBertConfig(dim=WIDTH, n_layers=2, n_heads=4, hidden_dim=48, vocab_size=VOCAB)
     return tf.DistilBertForSequenceClassification(config)
@@ -186,6 +192,9 @@ ARCHS = {
             causal=True,
         ),
         Arch("phi3", _decoder("Phi3"), causal=True),
+        Arch("minigpt", _minigpt("rotary"), causal=True),
+        Arch("minigpt-alibi", _minigpt("alibi", norm="post"), causal=True),
+        Arch("minigpt-learned", _minigpt("learned", tie_word_embeddings=False), causal=True),
         Arch("t5", _t5, kind="seq2seq", causal=True),
         Arch("bart", lambda: tf.BartForConditionalGeneration(tf.BartConfig(**SEQ2SEQ)), kind="seq2seq", causal=True),
         Arch("vit", lambda: tf.ViTForImageClassification(tf.ViTConfig(**VISION)), kind="image", grid=True),

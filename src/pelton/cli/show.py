@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from pelton.training.folder import RunFolder
 
 # viridis from 0 to 1, as in the picture.
-PLAIN = ("loss", "perplexity", "rmse")
+PLAIN = ("loss", "perplexity", "rmse", "loss_per_char", "bits_per_char")
 RAMP = ("#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725")
 
 

@@ -12,6 +12,7 @@ intents         one of several intents for a text, or none of them
 tokens          one tag for each word; `tags` checks BIO
 answers         answers as spans of a text; `questions`, `windows`, `spans` and `squad` are its parts
 causal          a language model's responses; `conversations`, `templates`, `completions`, `packing` and `decoding`
+running         running text, token by token; `vocabulary` learns a tokenizer, `blocks` cuts
 seq2seq         a target text for each source text
 images          one of several classes for an image; `pictures` finds files, `pixels` makes tensors of them
 

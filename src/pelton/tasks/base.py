@@ -13,7 +13,7 @@ from pelton.errors import DataError
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.tables import Table
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "rmse", "loss_per_char", "bits_per_char", "unknown"})
 """Metrics of which less is more; of all others, more is."""
 
 Collator = Callable[[list[dict[str, Any]]], Any]

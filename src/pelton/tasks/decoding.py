@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import BatchEncoding
@@ -78,16 +79,33 @@ def _keeps_some(model: Any) -> bool:
     return "logits_to_keep" in inspect.signature(base.forward).parameters
 
 
-def answer(model: Any, batch: Prompts, limit: int) -> list[Answer]:
-    """Generates greedily; what follows the end of text is padding."""
+def answer(model: Any, batch: Prompts, limit: int, temperature: float = 0.0) -> list[Answer]:
+    """Generates greedily, or by draws at a temperature above 0; what follows the end of text is padding.
+
+    Draws are seeded row by row, so that they are the same every time and with every neighbour.
+    """
     tokenizer = batch.tokenizer
     end = tokenizer.eos_token_id
-    ids = model.generate(
-        **batch, max_new_tokens=limit, do_sample=False, eos_token_id=end, pad_token_id=tokenizer.pad_token_id
+    options = {"max_new_tokens": limit, "eos_token_id": end, "pad_token_id": tokenizer.pad_token_id}
+    ids = (
+        _drawn(model, batch, temperature, options)
+        if temperature
+        else model.generate(**batch, do_sample=False, **options).tolist()
     )
     answers = []
-    for row in ids[:, batch["input_ids"].shape[1] :].tolist():
-        finished = end in row
-        text = tokenizer.decode(row[: row.index(end)] if finished else row, skip_special_tokens=True)
+    for row in ids:
+        said = row[batch["input_ids"].shape[1] :]
+        finished = end in said
+        text = tokenizer.decode(said[: said.index(end)] if finished else said, skip_special_tokens=True)
         answers.append(Answer(text, finished))
     return answers
+
+
+def _drawn(model: Any, batch: Prompts, temperature: float, options: dict[str, Any]) -> list[list[int]]:
+    rows = []
+    for row in range(len(batch["input_ids"])):
+        one = {name: value[row : row + 1] for name, value in batch.items()}
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            rows += model.generate(**one, do_sample=True, temperature=temperature, top_k=0, **options).tolist()
+    return rows

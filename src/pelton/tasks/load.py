@@ -17,6 +17,7 @@ from pelton.tasks.glue import GlueSettings
 from pelton.tasks.images import ImageClassification, ImageSettings
 from pelton.tasks.intents import IntentClassification, IntentSettings
 from pelton.tasks.regression import RegressionSettings, TextRegression
+from pelton.tasks.running import RunningText, RunningTextSettings
 from pelton.tasks.sampling import few_shot, hold_back, stratified
 from pelton.tasks.seq2seq import Seq2SeqSettings, SequenceToSequence
 from pelton.tasks.settings import TaskSettings
@@ -34,6 +35,7 @@ KINDS: dict[type[TaskSettings], type[Task[Any]]] = {
     IntentSettings: IntentClassification,
     AnswerSettings: QuestionAnswering,
     Seq2SeqSettings: SequenceToSequence,
+    RunningTextSettings: RunningText,
 }
 """The task that each kind of settings describes. GLUE's settings turn into one of these."""
 
@@ -46,7 +48,8 @@ AnySettings = Annotated[
     | ImageSettings
     | IntentSettings
     | AnswerSettings
-    | Seq2SeqSettings,
+    | Seq2SeqSettings
+    | RunningTextSettings,
     Field(discriminator="kind"),
 ]
 """What a recipe may hold under `task`, told apart by `kind`."""

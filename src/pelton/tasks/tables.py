@@ -56,7 +56,9 @@ class Table:
 
 
 def read_table(path: Path) -> Table:
-    """Reads a JSONL, CSV, TSV (each also gzipped) or Parquet file, or images in a zip archive or a folder of classes.
+    """Reads a JSONL, CSV, TSV or text (each also gzipped) or Parquet file, or images in a zip archive or folder.
+
+    A text file is one row, whose column `text` holds all of it.
 
     Raises:
         DataError: the file is missing, of another kind, or broken; the message names the line and column.
@@ -207,6 +209,11 @@ def _read_parquet(path: Path) -> Table:
         return from_dataset(str(path), datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path))))
 
 
+def _read_text(path: Path) -> Table:
+    with _open(path) as file:
+        return _collect(path, iter([(1, {"text": file.read()})]))
+
+
 def _read_pictures(path: Path) -> Table:
     return Table(str(path), read_pictures(path))
 
@@ -260,5 +267,7 @@ READERS: dict[str, Callable[[Path], Table]] = {
     ".tsv": _read_csv,
     ".tsv.gz": _read_csv,
     ".parquet": _read_parquet,
+    ".txt": _read_text,
+    ".txt.gz": _read_text,
     ARCHIVE: _read_pictures,
 }
