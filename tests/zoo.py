@@ -30,7 +30,7 @@ VISION = dict(
     hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=4
 )
 RECON = VISION | dict(
-    decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=24
+    decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=4, decoder_intermediate_size=24
 )
 SEQ2SEQ = dict(
     d_model=WIDTH,
