@@ -8,7 +8,7 @@ it. Names are loaded when they are first used, so that importing costs nothing.
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pelton.registration import register_with_peft
+from pelton.registration import register
 from pelton.version import __version__
 
 if TYPE_CHECKING:
@@ -133,4 +133,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-register_with_peft()
+register()

@@ -1,28 +1,46 @@
-"""Registering with PEFT without importing it: at once where PEFT is loaded, else right after it will be.
+"""Registering with PEFT and transformers without importing them: at once where they are loaded, else right after.
 
-PEFT brings torch and transformers along, seconds that `import pelton` and `pelton --help` should not cost.
+They bring torch along, seconds that `import pelton` and `pelton --help` should not cost.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 
-class _AfterPeft(MetaPathFinder):
-    """Finds PEFT as Python would, and has it register Pelton when it has loaded.
+def _method(peft: ModuleType) -> None:
+    import_module("pelton.tuner")  # registers itself
+
+
+def _models(configuration_auto: ModuleType) -> None:
+    import_module("pelton.models").announce(configuration_auto)
+
+
+AFTER: dict[str, Callable[[ModuleType], None]] = {
+    "peft": _method,
+    "transformers.models.auto.configuration_auto": _models,
+}
+"""What happens as soon as a module has been loaded."""
+
+
+class _After(MetaPathFinder):
+    """Finds a module as Python would, and has its row of the table done when it has loaded.
 
     It stays until then: transformers asks for PEFT's spec without loading it, to know whether it is installed.
     """
 
+    def __init__(self, waited: str) -> None:
+        self.waited = waited
+
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != "peft":
+        if name != self.waited:
             return None
         others = [finder for finder in sys.meta_path if finder is not self]
         spec = next((found for finder in others if (found := finder.find_spec(name, path, target))), None)
@@ -32,7 +50,7 @@ class _AfterPeft(MetaPathFinder):
 
 
 class _Registering(Loader):
-    """A loader that imports `pelton.tuner`, which registers Pelton, after what it loads."""
+    """A loader that does what is to be done after what it loads."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -42,15 +60,17 @@ class _Registering(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         assert module.__spec__ is not None
+        name = module.__spec__.name
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
-        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _AfterPeft)]
-        import_module("pelton.tuner")
+        sys.meta_path[:] = [f for f in sys.meta_path if not (isinstance(f, _After) and f.waited == name)]
+        AFTER[name](module)
 
 
-def register_with_peft() -> None:
-    """Sees to it that PEFT knows Pelton as soon as both are loaded."""
-    if "peft" in sys.modules:
-        import_module("pelton.tuner")
-    elif not any(isinstance(finder, _AfterPeft) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterPeft())
+def register() -> None:
+    """Sees to it that PEFT knows Pelton, and transformers its models, as soon as both are loaded."""
+    for name, act in AFTER.items():
+        if name in sys.modules:
+            act(sys.modules[name])
+        elif not any(isinstance(finder, _After) and finder.waited == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _After(name))
