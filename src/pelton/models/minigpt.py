@@ -147,9 +147,9 @@ class MiniGPTBlock(GradientCheckpointingLayer):  # type: ignore[misc]
         if self.pre:  # the stream itself is never normalised: gradients pass every block unchanged
             x = x + self.dropout(self.self_attn(self.norm1(x), **kwargs)[0])
             x = x + self.dropout(self.mlp(self.norm2(x)))
-            return x
-        x = self.norm1(x + self.dropout(self.self_attn(x, **kwargs)[0]))  # the form of 2017; wants a longer warmup
-        x = self.norm2(x + self.dropout(self.mlp(x)))
+        else:  # the form of 2017: every sum is normalised, gradients too, and training wants a longer warmup
+            x = self.norm1(x + self.dropout(self.self_attn(x, **kwargs)[0]))
+            x = self.norm2(x + self.dropout(self.mlp(x)))
         return x
 
 
@@ -248,7 +248,7 @@ class MiniGPTModel(MiniGPTPreTrainedModel):
         if config.positions == "learned":
             refuse_beyond(config.max_position_embeddings, x.shape[1], seen)
             x = x + self.embed_positions(position_ids)
-        if config.positions == "sinusoidal":  # √D brings embeddings to the sinusoids' size (Vaswani et al. 2017, 3.4)
+        elif config.positions == "sinusoidal":  # √D: embeddings of the sinusoids' size (Vaswani et al. 2017, 3.4)
             where = sinusoids(position_ids, config.hidden_size, config.rope_base)
             x = x * config.hidden_size**0.5 + where.to(x.dtype)
         return x
