@@ -7,7 +7,10 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from pelton.errors import SpecError, unknown
+
 IGNORED = -100
+TASKS = ("pretrain", "finetune")
 
 
 @strict
@@ -74,9 +77,11 @@ class ReconConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is no
         """Checks what sizes and shares must obey.
 
         Raises:
-            ValueError: a law is broken; the message has the law and the values.
+            SpecError: a law is broken; the message has the law and the values.
         """
         super().__post_init__(**kwargs)
+        if self.task_type not in TASKS:
+            raise unknown("task_type", self.task_type, TASKS)
         if isinstance(self.image_size, list | tuple):
             self.image_size = [int(side) for side in self.image_size]
         for side in self.sides:
@@ -102,4 +107,4 @@ class ReconConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is no
 def _require(holds: bool, law: str, config: ReconConfig, *names: str) -> None:
     if not holds:
         got = ", ".join(f"{name}={getattr(config, name)!r}" for name in names)
-        raise ValueError(f"`{law}` must hold, but got {got}.")
+        raise SpecError(f"`{law}` must hold, but got {got}.")
