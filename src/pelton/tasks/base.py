@@ -131,6 +131,14 @@ class Task(ABC, Generic[SettingsT]):
         """Returns the column of the classes and those that occur; None for kinds without classes."""
         return None
 
+    def class_counts(self, targets: Sequence[Any]) -> Any:
+        """Returns how often each class occurs, [classes]; None where targets are classes themselves, or have none."""
+        return None
+
+    def scores(self, logits: Any, labels: Any) -> Any:
+        """Returns logits as a loss of classes reads them, [..., classes], for labels [...]."""
+        return logits
+
     def learned(self, examples: Examples) -> tuple[list[int], str]:
         """Returns the rows that may be trained on, and why the others are only judged."""
         return list(range(len(examples))), ""

@@ -16,8 +16,10 @@ from pelton.tasks.classification import ClassificationSettings, TextClassificati
 from pelton.tasks.glue import GlueSettings
 from pelton.tasks.images import ImageClassification, ImageSettings
 from pelton.tasks.intents import IntentClassification, IntentSettings
+from pelton.tasks.masked_images import MaskedImages, MaskedImageSettings
 from pelton.tasks.regression import RegressionSettings, TextRegression
 from pelton.tasks.sampling import few_shot, hold_back, stratified
+from pelton.tasks.segmentation import SegmentationSettings, SemanticSegmentation
 from pelton.tasks.seq2seq import Seq2SeqSettings, SequenceToSequence
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.splits import load_splits
@@ -34,6 +36,8 @@ KINDS: dict[type[TaskSettings], type[Task[Any]]] = {
     IntentSettings: IntentClassification,
     AnswerSettings: QuestionAnswering,
     Seq2SeqSettings: SequenceToSequence,
+    MaskedImageSettings: MaskedImages,
+    SegmentationSettings: SemanticSegmentation,
 }
 """The task that each kind of settings describes. GLUE's settings turn into one of these."""
 
@@ -46,7 +50,9 @@ AnySettings = Annotated[
     | ImageSettings
     | IntentSettings
     | AnswerSettings
-    | Seq2SeqSettings,
+    | Seq2SeqSettings
+    | MaskedImageSettings
+    | SegmentationSettings,
     Field(discriminator="kind"),
 ]
 """What a recipe may hold under `task`, told apart by `kind`."""
