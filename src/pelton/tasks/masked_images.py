@@ -145,6 +145,7 @@ class MaskedImages(Task[MaskedImageSettings]):
     """Images of which a part is hidden; they are decoded when a batch needs them."""
 
     new_head = False
+    draws = True
 
     @classmethod
     def plan(cls, settings: MaskedImageSettings, table: Table) -> Self:

@@ -92,6 +92,8 @@ class SemanticSegmentation(Task[SegmentationSettings]):
     Logits are interpolated to each mask's own size before they are judged.
     """
 
+    draws = True
+
     labels: Labels
 
     @classmethod
