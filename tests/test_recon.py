@@ -21,8 +21,9 @@ from pelton.errors import DataError, PeltonError, RecipeError, SpecError, Unknow
 from pelton.insight.sheets import run_sheet, save_predictions
 from pelton.models.recon import ReconConfig, ReconForSemanticSegmentation, ReconModel
 from pelton.models.recon_layers import hide, patchify, positions
+from pelton.tasks.hiding import PatchProcessor
 from pelton.tasks.load import load_task
-from pelton.tasks.masked_images import MaskedImages, MaskedImageSettings, PatchProcessor
+from pelton.tasks.masked_images import MaskedImages, MaskedImageSettings
 from pelton.tasks.pixels import new_image_processor
 from pelton.training.fit import fit
 from pelton.training.loading import parse_recipe
@@ -31,7 +32,6 @@ from regions import save_scenes
 from test_segmentation import RECON as SMALL
 from test_segmentation import recipe as segment
 from zoo import ARCHS, RECON, VISION
-
 
 
 @pytest.fixture
@@ -381,6 +381,6 @@ def test_reconstruction_refuses_what_it_cannot_use(data: Path, tmp_path: Path) -
     (data / "train" / "images" / "001.png").write_text("nothing")
     with pytest.raises(DataError, match=r"row 2, column 'image': .*001.png cannot be decoded"):
         fit(pretrain(data, tmp_path))
+    save_scenes(tmp_path / "more")
     with pytest.raises(PeltonError, match=r"training.loss is for classes, and masked-images has none"):
-        save_scenes(tmp_path / "more")
         fit(pretrain(tmp_path / "more", tmp_path, training={"loss": {"kind": "focal"}}))

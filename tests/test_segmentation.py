@@ -173,9 +173,9 @@ def test_settings_that_contradict_are_refused(data: Path, tmp_path: Path) -> Non
         fit(recipe(data, tmp_path, backbone="new:vit", backbone_config=vit))
     with pytest.raises(RecipeError, match="draws examples by their class"):
         fit(recipe(data, tmp_path, training={"batching": {"oversample": True}}))
+    for file in (data / "train" / "masks").iterdir():
+        Image.fromarray(np.zeros(SIZE, dtype=np.uint8)).save(file)
     with pytest.raises(DataError, match="two or more classes in the masks"):
-        for file in (data / "train" / "masks").iterdir():
-            Image.fromarray(np.zeros(SIZE, dtype=np.uint8)).save(file)
         load_task(settings(data, class_names=None), seed=0)
 
 
@@ -276,7 +276,7 @@ def test_dice_is_the_formula() -> None:
 
 
 def test_dice_is_for_regions(make: Any) -> None:
-    with pytest.raises(RecipeError, match="training.loss.dice compares regions of images, and text-classification"):
+    with pytest.raises(RecipeError, match=r"training.loss.dice compares regions of images, and text-classification"):
         fit(make(loss={"dice": 1.0}))
 
 
@@ -308,7 +308,9 @@ def _registers() -> Any:
     return tf.Dinov2WithRegistersModel(tf.Dinov2WithRegistersConfig(**VISION))
 
 
-@pytest.mark.parametrize("make_backbone", [_beit, _segformer, _registers], ids=["beit", "segformer", "dinov2-registers"])
+@pytest.mark.parametrize(
+    "make_backbone", [_beit, _segformer, _registers], ids=["beit", "segformer", "dinov2-registers"]
+)
 def test_heads_of_transformers_and_our_own_learn(make_backbone: Any, data: Path, tmp_path: Path) -> None:
     make_backbone().save_pretrained(tmp_path / "backbone")
     processor = tf.ViTImageProcessorPil(size={"height": 16, "width": 16})
@@ -378,7 +380,9 @@ def test_a_masked_autoencoder_becomes_a_vit_that_segments(data: Path, tmp_path: 
         decoder_num_attention_heads=2,
         decoder_intermediate_size=16,
     )
-    values = dict(backbone="new:vit_mae", backbone_config=config, training={"epochs": 2, "backbone_learning_rate": 1e-3})
+    values = dict(
+        backbone="new:vit_mae", backbone_config=config, training={"epochs": 2, "backbone_learning_rate": 1e-3}
+    )
     recipe_values = recipe(data, tmp_path / "runs", **values).model_dump()
     recipe_values["task"] = {"kind": "masked-images", "data": str(data)}
     pretrained = fit(parse_recipe(recipe_values, "test"))

@@ -39,7 +39,7 @@ def palette(count: int) -> Colours:
         wheel = np.asarray(colormaps["tab20"].colors)[[*range(0, 20, 2), *range(1, 20, 2)][:count]]  # type: ignore[attr-defined]
     else:
         wheel = colormaps["hsv"](np.arange(count) / count)[:, :3]
-    return np.rint(wheel * 255).astype(np.uint8)
+    return np.asarray(np.rint(wheel * 255), dtype=np.uint8)
 
 
 def paint(classes: NDArray[np.integer], count: int) -> Colours:
@@ -121,7 +121,9 @@ def _regions(task: SemanticSegmentation, examples: Examples, predict: Callable[.
     return sheet(["image", "truth", "prediction"], rows, dict(zip(names, palette(len(names)), strict=True)))
 
 
-def sheet(titles: Sequence[str], rows: Sequence[Sequence[Colours]], legend: dict[str, Any] | None = None) -> Image.Image:
+def sheet(
+    titles: Sequence[str], rows: Sequence[Sequence[Colours]], legend: dict[str, Any] | None = None
+) -> Image.Image:
     """Lays pictures out in rows under titles, with a legend of colours below.
 
     Args:
@@ -153,7 +155,8 @@ def sheet(titles: Sequence[str], rows: Sequence[Sequence[Colours]], legend: dict
 
 def _lines(legend: dict[str, Any], width: int) -> list[list[tuple[int, str, Any]]]:
     """Breaks a legend into lines of (left, name, colour) that fit a width."""
-    font, lines, left = ImageFont.load_default(FONT), [], width
+    lines: list[list[tuple[int, str, Any]]] = []
+    font, left = ImageFont.load_default(FONT), width
     for name, colour in legend.items():
         size = FONT + 4 + round(font.getlength(name)) + 2 * GAP
         if left + size > width:

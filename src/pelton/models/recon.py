@@ -73,9 +73,17 @@ class ReconPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     _input_embed_layer = "patch_embeddings"
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Draws first weights as transformers does, and the token that stands for what is hidden."""
+        """Draws first weights: linear maps, of patches too, by Xavier (He et al. 2021, appendix A.1).
+
+        A deviation that does not depend on the width would leave narrow models with positions and little else.
+        """
         super()._init_weights(module)
+        if isinstance(module, nn.Linear):
+            initialization.xavier_uniform_(module.weight)
         if isinstance(module, Embeddings):
+            weight = module.patch_embeddings.weight
+            if not getattr(weight, "_is_hf_initialized", False):  # a view does not know that it was loaded
+                initialization.xavier_uniform_(weight.flatten(1))
             initialization.normal_(module.mask_token, std=self.config.initializer_range)
 
 
@@ -108,7 +116,7 @@ class ReconBackbone(ReconPreTrainedModel):
         self.decoder = Decoder(config)
         self.post_init()
 
-    @capture_outputs(tie_last_hidden_states=False)
+    @capture_outputs(tie_last_hidden_states=False)  # type: ignore[untyped-decorator]
     def forward(self, pixel_values: Tensor, mask: Tensor | None = None, **kwargs: Any) -> BackboneOutput:
         """Encodes and decodes images; takes what `Embeddings` takes, and what goes to the attention function."""
         x = self.embeddings(pixel_values, mask)
@@ -150,7 +158,7 @@ class ReconModel(ReconPreTrainedModel):
         self.predictor = nn.Linear(config.decoder_hidden_size, config.patch_size**2 * config.num_channels)
         self.post_init()
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(self, pixel_values: Tensor, noise: Tensor | None = None, **kwargs: Any) -> ReconOutput:
         """Reconstructs images.
 
@@ -196,7 +204,7 @@ class ReconForSemanticSegmentation(ReconPreTrainedModel):
         self.classifier = nn.Linear(config.decoder_hidden_size, config.cells**2 * config.num_labels)
         self.post_init()
 
-    @can_return_tuple
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any) -> SemanticSegmenterOutput:
         """Classifies pixels.
 
@@ -211,7 +219,7 @@ class ReconForSemanticSegmentation(ReconPreTrainedModel):
         rows, columns = grid_of(pixel_values, self.config.patch_size)
         found = self.recon(pixel_values, None, **kwargs)
         cells = self.classifier(found.decoded)  # [B, N, L · S · S]
-        logits = F.pixel_shuffle(cells.transpose(1, 2).unflatten(2, (rows, columns)), self.config.cells)
+        logits = F.pixel_shuffle(cells.transpose(1, 2).reshape(len(cells), -1, rows, columns), self.config.cells)
         loss = None
         if labels is not None:
             wide = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)

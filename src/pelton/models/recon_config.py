@@ -34,7 +34,7 @@ class ReconConfig(PreTrainedConfig):  # type: ignore[misc]  # transformers is no
         attention_probs_dropout_prob: Of attention weights.
         qkv_bias: Whether queries, keys and values have biases.
         layer_norm_eps: Of the norms.
-        initializer_range: Deviation of the first weights.
+        initializer_range: Deviation of the first token that stands for hidden patches.
         mask_ratio: Share of the patches that are hidden in pretraining.
         norm_pix_loss: Whether the loss scales each patch to mean 0 and deviation 1.
         cells: S: a patch has S × S logits of each class, which are interpolated to pixels.

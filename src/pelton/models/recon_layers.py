@@ -159,7 +159,8 @@ class Embeddings(nn.Module):
         x = x.flatten(2).transpose(1, 2)  # [B, N, D]
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_token.to(x.dtype), x)
-        return x + positions(rows, columns, x)
+        out: Tensor = x + positions(rows, columns, x)
+        return out
 
 
 class Decoder(nn.Module):
@@ -216,5 +217,5 @@ def hide(noise: Tensor, ratio: float) -> Tensor:
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cuts images [B, C, Y, X] into patches [B, N, P · P · C], row by row, channels last."""
     rows, columns = grid_of(images, patch_size)
-    cut = images.unflatten(3, (columns, patch_size)).unflatten(2, (rows, patch_size))  # [B, C, rows, P, columns, P]
+    cut = images.reshape(len(images), -1, rows, patch_size, columns, patch_size)  # [B, C, rows, P, columns, P]
     return cut.permute(0, 2, 4, 3, 5, 1).reshape(len(images), rows * columns, -1)

@@ -16,28 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
-from torch import Tensor
 
-from pelton.errors import DataError
 from pelton.tasks.base import Collator, Examples, Task
 from pelton.tasks.checked import IMAGES, check_pictures, named_pictures
 from pelton.tasks.columns import pick_column
+from pelton.tasks.hiding import MaskedFeatures, PatchProcessor, as_colours, cut, join
 from pelton.tasks.pictures import Picture
-from pelton.tasks.pixels import (
-    Augment,
-    ImageFeatures,
-    exact_image_processor,
-    image_size,
-    load_image_processor,
-    new_image_processor,
-    require_patches,
-)
+from pelton.tasks.pixels import Augment, exact_image_processor, load_image_processor, new_image_processor
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.tables import Table
 
-KNOWN = ("recon", "vit_mae")
-"""Types of models that take `noise`, hide the patches with the highest, and give `logits` and `mask`."""
-HIDING = 1
 TINY = 1e-6
 
 
@@ -97,47 +85,6 @@ class Rebuilt:
     loss: float
     pixels: NDArray[np.float16]
     hidden: NDArray[np.bool_]
-
-
-class PatchProcessor:
-    """An image processor that knows how many patches its images have."""
-
-    def __init__(self, processor: Any, config: Any) -> None:
-        """Takes an exact processor and the backbone's config.
-
-        Raises:
-            DataError: the backbone is of a type that hides no patches, or its patches do not fit the images.
-        """
-        if config.model_type not in KNOWN:
-            raise DataError(
-                f"masked-images trains models that hide patches ({', '.join(KNOWN)}), but the backbone is "
-                f"{config.model_type!r}. Name another backbone, such as new:recon."
-            )
-        require_patches(config, processor)
-        height, width = image_size(processor)
-        self.processor, self.patches = processor, (height // config.patch_size) * (width // config.patch_size)
-
-    def __call__(self, image: Any, **options: Any) -> Any:
-        """Returns what the processor says."""
-        return self.processor(image, **options)
-
-    def save_pretrained(self, folder: Any) -> None:
-        """Saves the processor."""
-        self.processor.save_pretrained(folder)
-
-
-class MaskedFeatures(ImageFeatures):
-    """Pictures with the noise that says which of their patches are hidden."""
-
-    @property
-    def column_names(self) -> list[str]:
-        """What a feature holds."""
-        return ["pixel_values", "noise"]
-
-    def __getitem__(self, place: int) -> dict[str, Any]:
-        """Returns `pixel_values` [C, Y, X] and `noise` [N]."""
-        noise = torch.rand(self.processor.patches, generator=self.source(place, HIDING))
-        return {**super().__getitem__(place), "noise": noise}
 
 
 @dataclass(frozen=True)
@@ -220,7 +167,7 @@ class MaskedImages(Task[MaskedImageSettings]):
         pixels, found = batch["pixel_values"], model(**batch)
         patches, shape = found.logits.float(), pixels.shape
         size = round((patches.shape[-1] / shape[1]) ** 0.5)
-        true = _cut(pixels.float(), size)
+        true = cut(pixels.float(), size)
         if model.config.norm_pix_loss:
             mean, variance = true.mean(dim=-1, keepdim=True), true.var(dim=-1, keepdim=True)
             patches = patches * (variance + TINY).sqrt() + mean
@@ -229,8 +176,8 @@ class MaskedImages(Task[MaskedImageSettings]):
             error = (patches - true).square().mean(dim=-1)  # [B, N]
         mask = found.mask.float()
         losses = (error * mask).sum(dim=1) / mask.sum(dim=1)
-        whole = _join(torch.where(mask[..., None] > 0, patches, true), shape, size).cpu().numpy().astype(np.float16)
-        hidden = _join(mask[..., None].expand_as(true), shape, size)[:, 0].cpu().numpy() > 0
+        whole = join(torch.where(mask[..., None] > 0, patches, true), shape, size).cpu().numpy().astype(np.float16)
+        hidden = join(mask[..., None].expand_as(true), shape, size)[:, 0].cpu().numpy() > 0
         return [Rebuilt(*one) for one in zip(losses.tolist(), whole, hidden, strict=True)]
 
     def evaluate(self, examples: Examples, features: Any, outputs: Sequence[Rebuilt]) -> dict[str, float]:
@@ -241,28 +188,8 @@ class MaskedImages(Task[MaskedImageSettings]):
         """Returns the loss and the pictures of each image."""
         found = []
         for place, (picture, one) in enumerate(zip(inputs, outputs, strict=True)):
-            original = self._shown(features.pixels(place).numpy(), features.processor.processor)
+            original = as_colours(features.pixels(place).numpy(), features.processor.processor)
             hidden = np.where(one.hidden[..., None], np.uint8(128), original)
-            rebuilt = self._shown(one.pixels.astype(np.float32), features.processor.processor)
+            rebuilt = as_colours(one.pixels.astype(np.float32), features.processor.processor)
             found.append(Reconstruction(str(picture), one.loss, original, hidden, rebuilt))
         return found
-
-    @staticmethod
-    def _shown(pixels: NDArray[np.floating], processor: Any) -> NDArray[np.uint8]:
-        """Turns pixels [C, Y, X] as the model gets them into colours [Y, X, C]."""
-        mean, deviation = np.asarray(processor.image_mean), np.asarray(processor.image_std)
-        return np.clip(np.rint((pixels.transpose(1, 2, 0) * deviation + mean) * 255), 0, 255).astype(np.uint8)
-
-
-def _cut(images: Tensor, size: int) -> Tensor:
-    """Cuts images [B, C, Y, X] into patches [B, N, P · P · C], channels last."""
-    batch, channels, height, width = images.shape
-    cut = images.reshape(batch, channels, height // size, size, width // size, size)
-    return cut.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, size * size * channels)
-
-
-def _join(patches: Tensor, shape: Sequence[int], size: int) -> Tensor:
-    """Puts patches [B, N, P · P · C] together again, to images of a shape [B, C, Y, X]."""
-    batch, channels, height, width = shape
-    laid = patches.reshape(batch, height // size, width // size, size, size, channels)
-    return laid.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, height, width)

@@ -100,15 +100,14 @@ def exact_image_processor(processor: Any) -> Any:
     from transformers import ViTImageProcessorPil
 
     if isinstance(processor, PlainProcessor):
-        (width, height), mean, deviation = processor.size, processor.mean, processor.deviation
-        return _resizing(height, width, mean.flatten().tolist(), deviation.flatten().tolist())
+        (wide, high), mean, deviation = processor.size, processor.mean, processor.deviation
+        return _resizing(high, wide, mean.flatten().tolist(), deviation.flatten().tolist())
     cropped = getattr(processor, "do_center_crop", False)
     size = dict(processor.crop_size if cropped else processor.size)
-    height, width = (size.get(side) or size.get("shortest_edge") for side in ("height", "width"))
+    height, width = (int(size.get(side) or size["shortest_edge"]) for side in ("height", "width"))
     if isinstance(processor, ViTImageProcessorPil) and not cropped:
         return processor
-    mean, deviation = processor.image_mean or HALF, processor.image_std or HALF
-    return _resizing(height, width, list(mean), list(deviation))
+    return _resizing(height, width, list(processor.image_mean or HALF), list(processor.image_std or HALF))
 
 
 def _resizing(height: int, width: int, mean: Sequence[float], deviation: Sequence[float]) -> Any:
@@ -122,8 +121,8 @@ def require_patches(config: Any, processor: Any) -> None:
     patch, (height, width) = getattr(config, "patch_size", None), image_size(processor)
     if isinstance(patch, int) and (height % patch or width % patch):
         raise DataError(
-            f"Images are resized to {height} × {width} pixels, and the patch size {patch} does not divide both. Expected "
-            f"multiples of {patch}: choose another image_size or patch_size, or another backbone."
+            f"Images are resized to {height} × {width} pixels, and the patch size {patch} does not divide both. "
+            f"Expected multiples of {patch}: choose another image_size or patch_size, or another backbone."
         )
 
 

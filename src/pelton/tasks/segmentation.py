@@ -210,9 +210,7 @@ class SemanticSegmentation(Task[SegmentationSettings]):
         """Returns logits [L, y, x] for each image, at the model's own resolution."""
         return list(model(**batch).logits.float().cpu().numpy())
 
-    def evaluate(
-        self, examples: Examples, features: Any, outputs: Sequence[NDArray[np.floating]]
-    ) -> dict[str, float]:
+    def evaluate(self, examples: Examples, features: Any, outputs: Sequence[NDArray[np.floating]]) -> dict[str, float]:
         """Computes the metrics of `metrics` over all labelled pixels of the set."""
         counts, loss = np.zeros((len(self.labels),) * 2, dtype=np.int64), 0.0
         for mask, logits in zip(examples.targets, outputs, strict=True):
@@ -239,4 +237,4 @@ class SemanticSegmentation(Task[SegmentationSettings]):
 def _resized(logits: NDArray[np.floating], size: Sequence[int]) -> NDArray[np.floating]:
     """Interpolates logits [L, y, x] to a size, [L, Y, X]."""
     wide = F.interpolate(torch.from_numpy(logits)[None], size=tuple(size), mode="bilinear")
-    return wide[0].numpy()  # type: ignore[no-any-return]
+    return wide[0].numpy()

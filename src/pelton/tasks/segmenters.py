@@ -126,10 +126,10 @@ class PatchSegmenter(PreTrainedModel):  # type: ignore[misc]
         rows, columns = (side // patch for side in pixel_values.shape[-2:])
         if hidden.dim() != 3 or hidden.shape[1] < rows * columns:
             raise ValueError(
-                f"{self.config.model_type} gives features of shape {tuple(hidden.shape)} for {rows} × {columns} patches: "
-                "expected a token for each. Choose a backbone whose tokens are patches, such as ViT."
+                f"{self.config.model_type} gives features of shape {tuple(hidden.shape)} for {rows} × {columns} "
+                "patches: expected a token for each. Choose a backbone whose tokens are patches, such as ViT."
             )
-        return hidden[:, -rows * columns :].transpose(1, 2).unflatten(2, (rows, columns))
+        return hidden[:, -rows * columns :].transpose(1, 2).reshape(len(hidden), -1, rows, columns)
 
 
 def seeing_all(config: PreTrainedConfig) -> PreTrainedConfig:
