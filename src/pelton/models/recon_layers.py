@@ -19,7 +19,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from pelton.models.recon_config import ReconConfig
 
-PERIOD = 10_000.0
+PERIOD = 50.0
+"""Of the slowest wave, over 2π, in patches. Grids are tens of patches wide: the 10,000 of texts would leave most alike."""
 
 
 def eager_attention_forward(
