@@ -20,7 +20,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from pelton.models.recon_config import ReconConfig
 
 PERIOD = 50.0
-"""Of the slowest wave, over 2π, in patches. Grids are tens of patches wide: the 10,000 of texts would leave most alike."""
+"""Of the slowest wave, in patches, over 2π: grids are tens of patches wide, and the 10,000 of texts tells few apart."""
 
 
 def eager_attention_forward(
