@@ -219,7 +219,7 @@ class ReconForSemanticSegmentation(ReconPreTrainedModel):
         rows, columns = grid_of(pixel_values, self.config.patch_size)
         found = self.recon(pixel_values, None, **kwargs)
         cells = self.classifier(found.decoded)  # [B, N, L · S · S]
-        logits = F.pixel_shuffle(cells.transpose(1, 2).reshape(len(cells), -1, rows, columns), self.config.cells)
+        logits = F.pixel_shuffle(cells.transpose(1, 2).reshape(cells.shape[0], -1, rows, columns), self.config.cells)
         loss = None
         if labels is not None:
             wide = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)

@@ -218,5 +218,5 @@ def hide(noise: Tensor, ratio: float) -> Tensor:
 def patchify(images: Tensor, patch_size: int) -> Tensor:
     """Cuts images [B, C, Y, X] into patches [B, N, P · P · C], row by row, channels last."""
     rows, columns = grid_of(images, patch_size)
-    cut = images.reshape(len(images), -1, rows, patch_size, columns, patch_size)  # [B, C, rows, P, columns, P]
-    return cut.permute(0, 2, 4, 3, 5, 1).reshape(len(images), rows * columns, -1)
+    cut = images.reshape(images.shape[0], -1, rows, patch_size, columns, patch_size)  # [B, C, rows, P, columns, P]
+    return cut.permute(0, 2, 4, 3, 5, 1).reshape(images.shape[0], rows * columns, -1)

@@ -129,7 +129,7 @@ class PatchSegmenter(PreTrainedModel):  # type: ignore[misc]
                 f"{self.config.model_type} gives features of shape {tuple(hidden.shape)} for {rows} × {columns} "
                 "patches: expected a token for each. Choose a backbone whose tokens are patches, such as ViT."
             )
-        return hidden[:, -rows * columns :].transpose(1, 2).reshape(len(hidden), -1, rows, columns)
+        return hidden[:, -rows * columns :].transpose(1, 2).reshape(hidden.shape[0], -1, rows, columns)
 
 
 def seeing_all(config: PreTrainedConfig) -> PreTrainedConfig:
