@@ -13,6 +13,7 @@ import transformers as tf
 from peft import PeftModel, get_peft_model
 from PIL import Image
 
+from fits import At, assert_same, press_ctrl_c, weights
 from law import far
 from pelton import DilatedAttention, PeltonConfig, ScalarGate, find_anatomy, gate_summary, gated_blocks
 from pelton import set_stage as enter
@@ -25,7 +26,8 @@ from pelton.tasks.hiding import PatchProcessor
 from pelton.tasks.load import load_task
 from pelton.tasks.masked_images import MaskedImages, MaskedImageSettings
 from pelton.tasks.pixels import new_image_processor
-from pelton.training.fit import fit
+from pelton.training.fit import fit, resume
+from pelton.training.folder import RunFolder
 from pelton.training.loading import parse_recipe
 from pelton.training.run import Run
 from regions import save_scenes
@@ -321,6 +323,18 @@ def test_a_run_reconstructs_is_loaded_again_and_draws(data: Path, tmp_path: Path
     names = ["predictions.jsonl", "000-input.png", "000-hidden.png", "000-reconstruction.png"]
     assert [path.name for path in written[:4]] == names
     assert run_sheet(loaded, 2).width == 3 * shape[1] + 4 * 6
+
+
+@pytest.mark.parametrize("stage", [pretrain, segment], ids=["masked-images", "semantic-segmentation"])
+def test_an_interrupted_run_goes_on_to_the_same_weights(data: Path, tmp_path: Path, stage: Any) -> None:
+    dilated = {"backbone_config": SMALL | {"use_dilated": True, "image_size": [24, 36]}}
+    dilated |= {"adapter": {"preset": "backbone"}, "training": {"train_backbone": True, "epochs": 3}}
+    recipe = stage(data, tmp_path / "runs", {"augment": "crop"}, **dilated)
+    whole = weights(fit(recipe))
+    with pytest.raises(KeyboardInterrupt):
+        fit(recipe, callbacks=[At(3, press_ctrl_c)])
+    (left,) = [p for p in (tmp_path / "runs").iterdir() if RunFolder.open(p).phase == "interrupted"]
+    assert_same(whole, weights(resume(left)))
 
 
 def test_two_stages_from_recipe_to_pictures(

@@ -45,6 +45,7 @@ from pelton.models.recon_config import ReconConfig
 from pelton.models.recon_layers import (
     Attention,
     Decoder,
+    DecoderLayer,
     Embeddings,
     EncoderLayer,
     grid_of,
@@ -63,7 +64,7 @@ class ReconPreTrainedModel(PreTrainedModel):  # type: ignore[misc]
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["EncoderLayer", "DecoderLayer"]  # noqa: RUF012 - transformers' own form
+    _no_split_modules = [EncoderLayer.__name__, DecoderLayer.__name__]  # noqa: RUF012 - transformers' own form
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
