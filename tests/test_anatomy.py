@@ -55,6 +55,8 @@ EXPECTED = {
     "swin": Expected({"swin.encoder.layers.0.blocks": 2, "swin.encoder.layers.1.blocks": 2}),
     "dinov2": Expected({"dinov2.encoder.layer": 2}),
     "beit": Expected({"beit.layers": 2}),
+    "recon": Expected({"recon.layers": 2, "recon.decoder.layers": 1}),
+    "recon-segmentation": Expected({"recon.layers": 2, "recon.decoder.layers": 1}),
     "whisper": Expected({"encoder.layers": 2, "decoder.layers": 2}, causal=("decoder.layers",)),
     "clip": Expected(
         {"text_model.encoder.layers": 2, "vision_model.encoder.layers": 2}, causal=("text_model.encoder.layers",)

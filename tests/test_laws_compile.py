@@ -50,14 +50,18 @@ class Positional(nn.Module):
         return self.arch.run(self.model, dict(zip(self.names, tensors, strict=True)), **more)
 
 
+def _tokens(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and not tensor.is_floating_point()
+
+
 def _longer(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same rows with two more tokens, which all rows see."""
-    return {k: torch.cat([v[:, :2], v], 1) if v.dim() == 2 else v for k, v in inputs.items()}
+    return {k: torch.cat([v[:, :2], v], 1) if _tokens(v) else v for k, v in inputs.items()}
 
 
 def _free(tensor: Tensor) -> dict[int, Any]:
     """Batch and, for text, length are free."""
-    return {0: torch.export.Dim.DYNAMIC} | ({1: torch.export.Dim.DYNAMIC} if tensor.dim() == 2 else {})
+    return {0: torch.export.Dim.DYNAMIC} | ({1: torch.export.Dim.DYNAMIC} if _tokens(tensor) else {})
 
 
 def _differences(eager: nn.Module, other: Any, arch: Arch) -> list[float]:

@@ -12,7 +12,10 @@ from pelton.training.backbone import adapter_config, locate
 from pelton.training.loading import dump_recipe, load_recipe, parse_recipe, shipped_recipes
 from pelton.training.recipe import AdapterSettings, Recipe
 
-SHIPPED = "banking77, clinc150, glue, images, instructions, minigpt-adapt, minigpt-shakespeare, mrpc, ner, squad"
+SHIPPED = (
+    "banking77, camvid-segment, clinc150, glue, images, instructions, minigpt-adapt, minigpt-shakespeare, mrpc, ner, "
+    "recon-pretrain, squad"
+)
 
 
 @pytest.mark.parametrize("name", sorted(shipped_recipes()))

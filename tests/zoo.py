@@ -11,6 +11,7 @@ import transformers as tf
 from torch import Tensor, nn
 
 from pelton.models.minigpt import MiniGPTConfig, MiniGPTForCausalLM
+from pelton.models.recon import ReconConfig, ReconForSemanticSegmentation, ReconModel
 
 VOCAB, WIDTH, SEQ = 99, 32, 9
 
@@ -28,6 +29,9 @@ TEXT = dict(
 DECODER = TEXT | dict(num_key_value_heads=2)
 VISION = dict(
     hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, image_size=16, patch_size=4
+)
+RECON = VISION | dict(
+    decoder_hidden_size=16, decoder_num_hidden_layers=1, decoder_num_attention_heads=4, decoder_intermediate_size=24
 )
 SEQ2SEQ = dict(
     d_model=WIDTH,
@@ -93,6 +97,7 @@ class Arch:
             "text": lambda: text,
             "seq2seq": lambda: text | {"decoder_input_ids": torch.randint(3, VOCAB, (batch, 5), generator=g)},
             "image": lambda: pixels,
+            "masked-image": lambda: pixels | {"noise": torch.rand(batch, 16, generator=g)},
             "image-text": lambda: text | pixels,
             "audio": lambda: {
                 "input_features": torch.randn(batch, 8, 40, generator=g),
@@ -201,6 +206,13 @@ ARCHS = {
         Arch("swin", _swin, kind="image", windowed=True),
         Arch("dinov2", lambda: tf.Dinov2ForImageClassification(tf.Dinov2Config(**VISION)), kind="image", grid=True),
         Arch("beit", lambda: tf.BeitForImageClassification(tf.BeitConfig(**VISION)), kind="image", grid=True),
+        Arch("recon", lambda: ReconModel(ReconConfig(**RECON)), kind="masked-image", grid=True),
+        Arch(
+            "recon-segmentation",
+            lambda: ReconForSemanticSegmentation(ReconConfig(**RECON, num_labels=3)),
+            kind="image",
+            grid=True,
+        ),
         Arch("whisper", _whisper, kind="audio", causal=True, out=lambda o: o.last_hidden_state),
         Arch("clip", _clip, kind="image-text", out=_embeddings),
         Arch("blip", _blip, kind="image-text", prefix=False, checkpoints=False, out=lambda o: o.itm_score),

@@ -66,6 +66,7 @@ _PATCHES = (
     "dinov2_with_registers",
     "dinov3_vit",
     "ijepa",
+    "recon",
     "siglip_vision_model",
     "vit",
     "vit_msn",

@@ -76,14 +76,19 @@ def fit(
 @app.command()
 def predict(
     run: RunPath,
-    text: Annotated[list[str] | None, typer.Option(help="A text, such as one to classify; may be repeated.")] = None,
+    text: Annotated[
+        list[str] | None, typer.Option(help="A text, such as one to classify, or an image's path; may be repeated.")
+    ] = None,
     pair: Annotated[
         list[str] | None, typer.Option(help="Goes with each --text: a pair's second text, a question's context.")
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="A file with the task's text columns.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where JSON lines go instead of the terminal.")] = None,
+    file: Annotated[Path | None, typer.Option(help="A file with the task's columns, or images in a zip.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Where JSON lines go instead of the terminal; a folder where there are pictures to see."),
+    ] = None,
 ) -> None:
-    """Say what a run's model makes of texts; prints JSON lines."""
+    """Say what a run's model makes of texts or images; prints JSON lines, or draws masks and reconstructions."""
     if (text is None) == (file is None):
         raise typer.BadParameter("give either --text or --file")
     if len(pair or text or []) != len(text or []):
@@ -95,7 +100,13 @@ def predict(
     trained = Run.load(run)
     task = trained.task
     inputs = task.check_inputs(read_table(file)) if file is not None else task.from_texts(text or [], pair)
-    show.predictions(trained.predict(inputs), output)
+    found = trained.predict(inputs)
+    if output is not None and task.draws:
+        from pelton.insight.sheets import save_predictions
+
+        show.written(save_predictions(inputs, found, output))
+    else:
+        show.predictions(found, output)
 
 
 @app.command(name="eval")
@@ -136,6 +147,21 @@ def gates(
     if plot is not None:
         plot_gates(table, plot)
         print(plot)
+
+
+@app.command()
+def pictures(
+    run: RunPath,
+    output: Annotated[Path | None, typer.Option(metavar="FILE.png", help="RUN/pictures.png if not given.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Examples, a row each.")] = 6,
+) -> None:
+    """Draw test images beside what a run makes of them: masks and truth, or what was hidden and its reconstruction."""
+    from pelton.insight.sheets import run_sheet
+    from pelton.training.run import Run
+
+    path = run / "pictures.png" if output is None else output
+    run_sheet(Run.load(run), count).save(path)
+    print(path)
 
 
 app.command()(compress.freeze)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -123,11 +122,19 @@ def drift(found: GateDrift) -> None:
 
 def predictions(found: Iterable[Any], output: Path | None) -> None:
     """Prints predictions as JSON lines, or writes them to a file."""
-    lines = "".join(json.dumps(dataclasses.asdict(one), ensure_ascii=False) + "\n" for one in found)
+    from pelton.tasks.base import as_json
+
+    lines = "".join(json.dumps(as_json(one), ensure_ascii=False) + "\n" for one in found)
     if output is None:
         sys.stdout.write(lines)
     else:
         output.write_text(lines, encoding="utf-8")
+
+
+def written(paths: Sequence[Path]) -> None:
+    """Prints what was written: the first path, and how many more."""
+    more = f" and {len(paths) - 1} pictures" if len(paths) > 1 else ""
+    print(f"{paths[0]}{more}")
 
 
 def metrics(values: Mapping[str, float]) -> None:

@@ -123,7 +123,8 @@ def _require_installed() -> None:
 def _export(flat: _Flat, inputs: Inputs) -> Any:
     """Returns torch's ONNX program of a model."""
     free = torch.export.Dim.DYNAMIC
-    sizes = tuple({0: free, 1: free} if value.ndim == 2 else {0: free} for value in inputs.values())
+    tokens = [value.ndim == 2 and not value.is_floating_point() for value in inputs.values()]
+    sizes = tuple({0: free, 1: free} if several else {0: free} for several in tokens)
     with _quiet():
         return torch.onnx.export(
             flat,

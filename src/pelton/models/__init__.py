@@ -13,6 +13,7 @@ from typing import Any
 
 MODELS = {
     "minigpt": ("pelton.models.minigpt", "MiniGPTConfig"),
+    "recon": ("pelton.models.recon", "ReconConfig"),
 }
 """Model type → its module, and the name of its config class there."""
 

@@ -14,7 +14,9 @@ answers         answers as spans of a text; `questions`, `windows`, `spans` and 
 causal          a language model's responses; `conversations`, `templates`, `completions`, `packing` and `decoding`
 running         running text, token by token; `vocabulary` learns a tokenizer, `blocks` cuts
 seq2seq         a target text for each source text
-images          one of several classes for an image; `pictures` finds files, `pixels` makes tensors of them
+images          one of several classes for an image; `pictures` finds files, `checked` decodes, `pixels` makes tensors
+masked_images   what hidden patches of an image show; `hiding` says which are hidden
+segmentation    a class for every pixel; `masks` reads and changes labels, `segmenters` is the head on any encoder
 
 What they share
 tables          rows of one file, each with the line it came from

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,12 @@ class Examples:
         return Examples([self.inputs[row] for row in rows], [self.targets[row] for row in rows], self.notes)
 
 
+def as_json(prediction: Any) -> dict[str, Any]:
+    """Returns a prediction's values as JSON, without arrays, which are there to be drawn (`field(repr=False)`)."""
+    shown = {field.name for field in dataclasses.fields(prediction) if field.repr}
+    return {name: value for name, value in dataclasses.asdict(prediction).items() if name in shown}
+
+
 @dataclass(frozen=True)
 class Task(ABC, Generic[SettingsT]):
     """A kind of task whose columns and classes are known: enough to read, check, encode and judge rows.
@@ -55,6 +62,8 @@ class Task(ABC, Generic[SettingsT]):
     """Whether the head has no pretrained weights, and is trained and saved beside the adapter."""
     streams: ClassVar[bool] = False
     """Whether training rows can be checked and encoded some at a time, once `plan` has seen the first."""
+    draws: ClassVar[bool] = False
+    """Whether predictions are pictures, beside their numbers."""
     loss_counts_tokens: ClassVar[bool] = False
     """Whether the model's loss is a mean over tokens: accumulated batches are then averaged over all their tokens."""
 
@@ -130,6 +139,14 @@ class Task(ABC, Generic[SettingsT]):
     def classes(self, examples: Examples) -> tuple[str, set[Any]] | None:
         """Returns the column of the classes and those that occur; None for kinds without classes."""
         return None
+
+    def class_counts(self, targets: Sequence[Any]) -> Any:
+        """Returns how often each class occurs, [classes]; None where targets are classes themselves, or have none."""
+        return None
+
+    def scores(self, logits: Any, labels: Any) -> Any:
+        """Returns logits as a loss of classes reads them, [..., classes], for labels [...]."""
+        return logits
 
     def learned(self, examples: Examples) -> tuple[list[int], str]:
         """Returns the rows that may be trained on, and why the others are only judged."""

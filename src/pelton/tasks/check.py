@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from pelton.tasks.base import Examples, Task
+from pelton.tasks.checked import IMAGES
 from pelton.tasks.findings import Balance, Conflict, DataReport, Lengths, Overlap, Range, SplitReport
-from pelton.tasks.images import IMAGES
 from pelton.tasks.intents import OUT, IntentSettings
 from pelton.tasks.load import KINDS, plain
 from pelton.tasks.settings import TaskSettings, TextSettings
@@ -57,7 +57,7 @@ def guess_kind(table: Table) -> str:
     if {"tokens", "words"} & set(columns) and {"ner_tags", "tags", "labels", "pos_tags"} & set(columns):
         return "token-classification"
     if set(IMAGES[:2]) & set(columns):
-        return "image-classification"
+        return "semantic-segmentation" if "mask" in columns else "image-classification"
     numbers = [v for name in ("label", "score", "target") for v in columns.get(name, []) if isinstance(v, float)]
     return "text-regression" if any(not number.is_integer() for number in numbers) else "text-classification"
 

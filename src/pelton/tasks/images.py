@@ -9,17 +9,15 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 
-from pelton.errors import DataError
 from pelton.tasks.base import Collator, Examples, Task
+from pelton.tasks.checked import IMAGES, check_pictures, named_pictures
 from pelton.tasks.columns import LABELS, pick_column
 from pelton.tasks.labels import Labels, find_labels
 from pelton.tasks.metrics import class_metric_names, class_metrics, softmax
-from pelton.tasks.pictures import Picture, as_picture
+from pelton.tasks.pictures import Picture
 from pelton.tasks.pixels import Augment, ImageFeatures, load_image_processor, new_image_processor
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.tables import Table
-
-IMAGES = ("image", "img", "image_path", "file_name", "path", "file")
 
 
 class ImageSettings(TaskSettings):
@@ -108,28 +106,11 @@ class ImageClassification(Task[ImageSettings]):
 
     def check_inputs(self, table: Table) -> list[Picture]:
         """Finds the images alone, and decodes each once, so that a broken one is known before anything is trained."""
-        column = str(self.settings.image_column)
-        if not len(table):
-            raise DataError(f"{table.name} is empty: expected at least one row.")
-        found = []
-        for row, cell in enumerate(table.column(column)):
-            where = table.where(row, column)
-            picture = as_picture(cell, table.name, where)
-            try:
-                picture.verify()
-            except DataError as error:
-                raise (error if picture.data is not None else DataError(f"{where}: {error}")) from error
-            found.append(picture)
-        return found
+        return check_pictures(table, str(self.settings.image_column))
 
     def from_texts(self, texts: Sequence[str], pairs: Sequence[str] | None) -> list[Picture]:
         """Takes texts as paths of image files."""
-        if pairs is not None:
-            raise DataError("Image classification reads one image an example: leave --pair out.")
-        found = [Picture(text) for text in texts]
-        for picture in found:
-            picture.verify()
-        return found
+        return named_pictures(texts, pairs, "Image classification")
 
     def strata(self, examples: Examples) -> list[Hashable]:
         """Returns the classes."""

@@ -16,9 +16,11 @@ from pelton.tasks.classification import ClassificationSettings, TextClassificati
 from pelton.tasks.glue import GlueSettings
 from pelton.tasks.images import ImageClassification, ImageSettings
 from pelton.tasks.intents import IntentClassification, IntentSettings
+from pelton.tasks.masked_images import MaskedImages, MaskedImageSettings
 from pelton.tasks.regression import RegressionSettings, TextRegression
 from pelton.tasks.running import RunningText, RunningTextSettings
 from pelton.tasks.sampling import few_shot, hold_back, stratified
+from pelton.tasks.segmentation import SegmentationSettings, SemanticSegmentation
 from pelton.tasks.seq2seq import Seq2SeqSettings, SequenceToSequence
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.splits import load_splits
@@ -36,6 +38,8 @@ KINDS: dict[type[TaskSettings], type[Task[Any]]] = {
     AnswerSettings: QuestionAnswering,
     Seq2SeqSettings: SequenceToSequence,
     RunningTextSettings: RunningText,
+    MaskedImageSettings: MaskedImages,
+    SegmentationSettings: SemanticSegmentation,
 }
 """The task that each kind of settings describes. GLUE's settings turn into one of these."""
 
@@ -49,7 +53,9 @@ AnySettings = Annotated[
     | IntentSettings
     | AnswerSettings
     | Seq2SeqSettings
-    | RunningTextSettings,
+    | RunningTextSettings
+    | MaskedImageSettings
+    | SegmentationSettings,
     Field(discriminator="kind"),
 ]
 """What a recipe may hold under `task`, told apart by `kind`."""

@@ -92,6 +92,54 @@ def regression_metrics(values: NDArray[np.floating], targets: NDArray[np.floatin
     }
 
 
+def pixel_counts(labels: NDArray[np.integer], predicted: NDArray[np.integer], classes: int) -> NDArray[np.integer]:
+    """Counts pixels by their class (rows) and the class they are taken for (columns), [classes, classes].
+
+    Args:
+        labels: Any shape; negative ones do not count.
+        predicted: As many.
+        classes: How many there are.
+    """
+    seen = labels >= 0
+    pairs = labels[seen] * classes + predicted[seen]
+    return np.bincount(pairs, minlength=classes**2).reshape(classes, classes)
+
+
+def region_metric_names(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns what `region_metrics` gives for classes."""
+    return ("mean_iou", "pixel_accuracy", "loss", *(f"iou_{name}" for name in names))
+
+
+def region_metrics(counts: NDArray[np.integer], loss: float, names: Sequence[str]) -> dict[str, float]:
+    """Returns how well pixels are classified.
+
+    The IoU of a class is the number of pixels that are it and are taken for it, over that of pixels that are or are
+    taken for it; of a class that is neither it does not exist, and is NaN. The mean is over those that exist.
+
+    Args:
+        counts: What `pixel_counts` gave, summed over a set.
+        loss: Sum of the pixels' cross-entropies.
+        names: Of the classes.
+    """
+    right, either = np.diag(counts), counts.sum(axis=0) + counts.sum(axis=1) - np.diag(counts)
+    total = int(counts.sum())
+    ious = np.full(len(names), np.nan)
+    np.divide(right, either, out=ious, where=either > 0)
+    values = {
+        "mean_iou": float(np.nanmean(ious)) if total else float("nan"),
+        "pixel_accuracy": float(right.sum() / total) if total else float("nan"),
+        "loss": loss / total if total else float("nan"),
+    }
+    return {**values, **{f"iou_{name}": float(iou) for name, iou in zip(names, ious, strict=True)}}
+
+
+def cross_entropy_sum(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
+    """Sums the negative log-likelihoods of labels [Y, X] under logits [classes, Y, X]; negative labels do not count."""
+    seen = labels >= 0
+    rows = logits[:, seen].astype(np.float64)  # [classes, pixels]
+    return float(-log_softmax(rows, axis=0)[labels[seen], np.arange(rows.shape[1])].sum())
+
+
 def cross_entropy(logits: NDArray[np.floating], labels: NDArray[np.integer]) -> float:
     """Returns the mean negative log-likelihood of labels [B] under logits [B, classes], in nats."""
     return float(-log_softmax(logits.astype(np.float64), axis=-1)[np.arange(len(labels)), labels].mean())

@@ -12,12 +12,18 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pelton.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 ARCHIVE = ".zip"
+MASK_MODES = ("L", "P", "I;16", "I", "1")
+"""Pillow's names for images with one number a pixel; those of a palette are the numbers, not the colours."""
+IMAGES, MASKS = "images", "masks"
 T = TypeVar("T")
 
 
@@ -39,6 +45,11 @@ class Picture:
         """Names the file, with the archive it is in."""
         return self.path if self.member is None else f"{self.path}: {self.member}"
 
+    @property
+    def stem(self) -> str:
+        """The file's name without its folder and its suffix."""
+        return PurePosixPath(self.path if self.member is None else self.member).stem
+
     def decode(self) -> Image:
         """Reads the image, upright and in RGB; transparency is dropped.
 
@@ -49,6 +60,25 @@ class Picture:
 
         with self._open() as file:
             return self._try(lambda: _rgb(ImageOps.exif_transpose(_image(file))))
+
+    def classes(self) -> NDArray[np.integer]:
+        """Reads a mask: the class of every pixel, [Y, X].
+
+        Raises:
+            DataError: as `decode`, or the image holds colours in place of classes.
+        """
+
+        def load() -> NDArray[np.integer]:
+            image = _image(file)
+            if image.mode not in MASK_MODES:
+                raise DataError(
+                    f"{self} is an image of mode {image.mode}: expected a mask with one class id a pixel (modes "
+                    f"{', '.join(MASK_MODES)}). Save class ids, not colours."
+                )
+            return np.asarray(image).astype(np.int64)
+
+        with self._open() as file:
+            return self._try(load)
 
     def verify(self) -> None:
         """Decodes the image once, as small as its format allows, which finds what is broken or cut off.
@@ -78,6 +108,8 @@ class Picture:
 
         try:
             return read()
+        except DataError:
+            raise
         except FileNotFoundError as error:
             raise DataError(f"{self} does not exist.") from error
         except (*BROKEN, Image.DecompressionBombError) as error:
@@ -90,15 +122,16 @@ BROKEN = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, stru
 
 
 def read_pictures(path: Path) -> dict[str, list[Any]]:
-    """Finds the images of a folder or zip archive that holds one folder a class.
+    """Finds the images of a folder or zip archive that holds one folder a class, or the folders images and masks.
 
     Hidden files, and what macOS adds to archives, are not looked at; every other file counts as an image.
 
     Returns:
-        The columns `image` and `label`, in the order of the names.
+        The columns `image` and `label`, or `image` and `mask`, in the order of the names.
 
     Raises:
-        DataError: an image is in no class folder, a class folder is empty, or there is none.
+        DataError: an image is in no class folder, a class folder is empty, or there is none; an image has no mask, or
+            a mask no image.
     """
     found = dict(sorted(_in_archive(path) if path.suffix == ARCHIVE else _in_folder(path)))
     for name, pictures in found.items():
@@ -106,10 +139,27 @@ def read_pictures(path: Path) -> dict[str, list[Any]]:
             raise DataError(f"{path}: the class folder {name!r} holds no images. Remove or fill it.")
     if not found:
         raise DataError(f"{path} holds no images. Expected one folder a class, such as {path.stem}/cat/0001.jpg.")
+    if set(found) == {IMAGES, MASKS}:
+        return _pairs(path, found[IMAGES], found[MASKS])
     return {
         "image": [picture for pictures in found.values() for picture in pictures],
         "label": [name for name, pictures in found.items() for _ in pictures],
     }
+
+
+def _pairs(path: Path, images: list[Picture], masks: list[Picture]) -> dict[str, list[Any]]:
+    """Puts each image beside the mask whose file has its name, whatever comes behind the dot."""
+    of_images, of_masks = ({picture.stem: picture for picture in pictures} for pictures in (images, masks))
+    for mine, others, here, there in ((of_images, of_masks, IMAGES, MASKS), (of_masks, of_images, MASKS, IMAGES)):
+        alone = [str(picture) for stem, picture in mine.items() if stem not in others]
+        if alone:
+            stem = PurePosixPath(alone[0]).stem
+            raise DataError(
+                f"{path}: {len(alone)} of {len(mine)} files in {here} have no partner in {there}: {alone[0]} … "
+                f"Expected {there}/{stem}.png: add it, or remove the file."
+            )
+    stems = sorted(of_images)
+    return {"image": [of_images[stem] for stem in stems], "mask": [of_masks[stem] for stem in stems]}
 
 
 def holds_folders(path: Path) -> bool:
@@ -185,7 +235,6 @@ def _image(file: IO[bytes]) -> Image:
 
 def _rgb(image: Image) -> Image:
     """Converts to RGB; 16-bit greys keep their upper eight bits, which Pillow would clip instead."""
-    import numpy as np
     from PIL import Image
 
     if image.mode.startswith("I;16"):

@@ -85,13 +85,50 @@ def new_image_processor(config: Any) -> Any:
     Raises:
         DataError: the backbone has no image size.
     """
-    from transformers import ViTImageProcessorPil
-
     size = getattr(config, "image_size", None)
     if size is None:
         raise DataError(f"A new {config.model_type} has no image_size, so it reads no images. Name another type.")
     height, width = (size, size) if isinstance(size, int) else size
-    return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=HALF, image_std=HALF)
+    return _resizing(height, width, HALF, HALF)
+
+
+def exact_image_processor(processor: Any) -> Any:
+    """Returns a processor that resizes whole images to the size that another gives, with its mean and deviation.
+
+    Where every pixel counts nothing may be cropped, as many backbones' own processors do.
+    """
+    from transformers import ViTImageProcessorPil
+
+    if isinstance(processor, PlainProcessor):
+        (wide, high), mean, deviation = processor.size, processor.mean, processor.deviation
+        return _resizing(high, wide, mean.flatten().tolist(), deviation.flatten().tolist())
+    cropped = getattr(processor, "do_center_crop", False)
+    size = dict(processor.crop_size if cropped else processor.size)
+    height, width = (int(size.get(side) or size["shortest_edge"]) for side in ("height", "width"))
+    if isinstance(processor, ViTImageProcessorPil) and not cropped:
+        return processor
+    return _resizing(height, width, list(processor.image_mean or HALF), list(processor.image_std or HALF))
+
+
+def _resizing(height: int, width: int, mean: Sequence[float], deviation: Sequence[float]) -> Any:
+    from transformers import ViTImageProcessorPil
+
+    return ViTImageProcessorPil(size={"height": height, "width": width}, image_mean=mean, image_std=deviation)
+
+
+def require_patches(config: Any, processor: Any) -> None:
+    """Raises DataError where a backbone's patch size does not divide the size that images are resized to."""
+    patch, (height, width) = getattr(config, "patch_size", None), image_size(processor)
+    if isinstance(patch, int) and (height % patch or width % patch):
+        raise DataError(
+            f"Images are resized to {height} × {width} pixels, and the patch size {patch} does not divide both. "
+            f"Expected multiples of {patch}: choose another image_size or patch_size, or another backbone."
+        )
+
+
+def image_size(processor: Any) -> tuple[int, int]:
+    """Returns the height and width that an exact processor resizes to."""
+    return int(processor.size["height"]), int(processor.size["width"])
 
 
 class ImageFeatures(Dataset[dict[str, Any]]):
@@ -128,15 +165,21 @@ class ImageFeatures(Dataset[dict[str, Any]]):
 
     def __getitem__(self, place: int) -> dict[str, Any]:
         """Returns `pixel_values` [C, Y, X], and the label."""
-        pixels = torch.as_tensor(
-            self.processor(self.pictures[place].decode(), return_tensors="pt")["pixel_values"][0], dtype=torch.float32
-        )
+        pixels = self.pixels(place)
         if self.augment != "none":
-            source = torch.Generator().manual_seed(hash((self.seed, self.epoch, place)) % 2**63)
-            pixels = change(pixels, self.augment, source)
+            pixels = change(pixels, self.augment, self.source(place))
         return (
             {"pixel_values": pixels} if self.labels is None else {"pixel_values": pixels, "labels": self.labels[place]}
         )
+
+    def pixels(self, place: int) -> Tensor:
+        """Decodes a picture, [C, Y, X], without random changes."""
+        found = self.processor(self.pictures[place].decode(), return_tensors="pt")["pixel_values"][0]
+        return torch.as_tensor(found, dtype=torch.float32)
+
+    def source(self, place: int, use: int = 0) -> torch.Generator:
+        """Returns where the random numbers of a picture come from in this epoch, by what they are used for."""
+        return torch.Generator().manual_seed(hash((self.seed, self.epoch, place) + ((use,) if use else ())) % 2**63)
 
 
 def change(pixels: Tensor, augment: Augment, source: torch.Generator) -> Tensor:

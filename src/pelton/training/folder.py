@@ -11,6 +11,7 @@ gates.parquet      gate values on some examples
 gates.json         their means: one row per block
 contributions.json gate value × gradient norm by block and method, where training.contribution_window asks for it
 changes.json       what passes did to the adapter after training, with the scores before and after
+pictures.png       test images and what the run makes of them, where `pelton pictures` was asked
 environment.json   versions
 checkpoints/       what `resume` starts from
 logs/              what TensorBoard shows

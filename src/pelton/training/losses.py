@@ -7,11 +7,16 @@ w the classes' weights, p the model's probabilities:
 
 γ = 0 is PyTorch's cross-entropy with weights and smoothing; γ > 0 is the focal loss of Lin et al. 2017 (arXiv
 1708.02002, equation 5). What the labels mark with −100 does not count.
+
+Beside it, for regions of images, the soft Dice loss (Milletari et al. 2016, arXiv 1606.04797, section 3, with sums in
+place of squares): over all pixels n of a batch, and the mean over the classes that occur in its labels,
+
+    1 − mean_c (2 Σ_n p_nc [y_n = c]) / (Σ_n p_nc + Σ_n [y_n = c])
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -27,14 +32,27 @@ from pelton.training.sections import LossSettings
 
 IGNORED = -100
 LANGUAGE = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+REGIONS = "semantic-segmentation"
 _TINY = 1e-7
 
 
 class ClassLoss:
     """The loss of a recipe, for logits and labels of classes."""
 
-    def __init__(self, settings: LossSettings, weights: Tensor | None) -> None:
-        """Makes the loss; `weights` [C] count classes, all alike when None."""
+    def __init__(
+        self,
+        settings: LossSettings,
+        weights: Tensor | None,
+        scores: Callable[[Tensor, Tensor], Tensor] = lambda logits, labels: logits,
+    ) -> None:
+        """Makes the loss.
+
+        Args:
+            settings: The recipe's.
+            weights: [C], how much each class counts; all alike when None.
+            scores: Makes of a model's logits and the labels [...] the logits [..., C].
+        """
+        self.scores, self.dice = scores, settings.dice
         self.gamma = settings.gamma if settings.kind == "focal" else 0.0
         self.smoothing = settings.label_smoothing
         self.weights = weights
@@ -43,10 +61,14 @@ class ClassLoss:
         """Returns the mean loss, float32.
 
         Args:
-            logits: [..., C].
+            logits: [..., C], or what `scores` makes that of.
             labels: [...], ids of classes or −100.
         """
-        rows, classes = logits.float().flatten(0, -2), labels.flatten()  # [N, C], [N]
+        rows, classes = self.scores(logits, labels).float().flatten(0, -2), labels.flatten()  # [N, C], [N]
+        loss = self._of_classes(rows, classes)
+        return loss + self.dice * dice(rows, classes) if self.dice else loss
+
+    def _of_classes(self, rows: Tensor, classes: Tensor) -> Tensor:
         weights = None if self.weights is None else self.weights.to(rows.device)
         if not self.gamma:
             return F.cross_entropy(rows, classes, weights, ignore_index=IGNORED, label_smoothing=self.smoothing)
@@ -65,6 +87,16 @@ def _spread(log_p: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     return -(log_p[kept] * each).mean(dim=-1).sum() / each[labels[kept]].sum()
 
 
+def dice(logits: Tensor, labels: Tensor) -> Tensor:
+    """Returns the soft Dice loss of logits [N, C] and labels [N]; 0 where no label counts."""
+    seen = labels != IGNORED
+    share, true = logits[seen].softmax(dim=-1), F.one_hot(labels[seen], logits.shape[-1])  # [n, C] each
+    both, sizes = (share * true).sum(dim=0), share.sum(dim=0) + true.sum(dim=0)
+    occurs = true.sum(dim=0) > 0
+    score = 2 * both / sizes.clamp_min(_TINY)
+    return ((1 - score) * occurs).sum() / occurs.sum().clamp_min(1)
+
+
 def make_loss(settings: LossSettings, task: Task[Any], targets: Sequence[Any]) -> ClassLoss | None:
     """Makes the loss that a recipe asks for; None where the model's own is wanted, or the task has no classes.
 
@@ -77,9 +109,10 @@ def make_loss(settings: LossSettings, task: Task[Any], targets: Sequence[Any]) -
     if settings.is_plain or classes is None:
         return None
     if settings.class_weights == "none":
-        return ClassLoss(settings, None)
-    weights = inverse_frequency(count_classes(targets, classes))
-    return ClassLoss(settings, torch.tensor(weights, dtype=torch.float32))
+        return ClassLoss(settings, None, task.scores)
+    counted = task.class_counts(targets)
+    weights = inverse_frequency(count_classes(targets, classes) if counted is None else counted)
+    return ClassLoss(settings, torch.tensor(weights, dtype=torch.float32), task.scores)
 
 
 def count_classes(targets: Sequence[Any], classes: int) -> NDArray[np.integer]:
@@ -106,9 +139,11 @@ def class_count(task: Task[Any]) -> int | None:
 
 def require_loss(settings: LossSettings, task: Task[Any]) -> None:
     """Raises RecipeError where a loss makes no sense for a kind of task."""
+    kind = task.settings.kind
+    if settings.dice and kind != REGIONS:
+        raise RecipeError(f"training.loss.dice compares regions of images, and {kind} has none: leave it out.")
     if settings.is_plain or class_count(task) is not None:
         return
-    kind = task.settings.kind
     if task.peft_type not in LANGUAGE:
         raise RecipeError(f"training.loss is for classes, and {kind} has none: leave training.loss out.")
     if settings.needs_classes:

@@ -24,6 +24,7 @@ from pelton.training.backbone import (
     load_backbone,
     load_processor,
     locate,
+    settled,
 )
 from pelton.training.feasible import require_adapter, require_objective, require_trackers
 from pelton.training.features import require_streamable
@@ -65,6 +66,7 @@ def prepare(recipe: Recipe) -> Prepared:
     transformers.set_seed(recipe.training.seed)
     model, new, processor = _backbone(recipe, data)
     data.task.start(model, partial(_batches, data, processor, recipe.training.eval_batch_size))
+    config = settled(config, recipe.adapter, model.config)
     if config is not None:
         model = attach(model, config, new, data.task.peft_type)
         if recipe.training.train_backbone:

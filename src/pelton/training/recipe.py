@@ -28,8 +28,9 @@ class AdapterSettings(Section):
     """What is attached to the backbone: a preset, or methods under a gate.
 
     Attributes:
-        preset: `default`, `unipelt`, `unipelt_ap`, one method's kind for that method alone, ungated, or `head` for no
-            method at all: the head is trained on a frozen backbone.
+        preset: `default`, `unipelt`, `unipelt_ap`, one method's kind for that method alone, ungated, `backbone` for
+            the dilated attention that the backbone's config asks for (`use_dilated`), or `head` for no method at all:
+            the head is trained on a frozen backbone.
         methods: A list of `{kind: …}`, instead of a preset.
         gate: A `{kind: …}`; takes the place of the preset's own gate.
         modules_to_save: Modules trained in full beside the adapter; the task's head when not given.

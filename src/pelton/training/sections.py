@@ -29,12 +29,14 @@ class LossSettings(Section):
         gamma: How much less, in focal loss; 0 is cross-entropy.
         class_weights: `inverse` weighs classes by how rare they are in training; their mean weight is 1.
         label_smoothing: Share of the probability that is spread over all classes; works for language models too.
+        dice: Weight of the Dice loss, which is added for semantic segmentation: it counts regions of all classes alike.
     """
 
     kind: Literal["cross_entropy", "focal"] = "cross_entropy"
     gamma: Weight = GAMMA
     class_weights: Literal["none", "inverse"] = "none"
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    dice: Weight = 0.0
 
     @model_validator(mode="after")
     def _gamma_is_of_focal_loss(self) -> Self:

@@ -163,6 +163,32 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
         return cls(methods=specs, gate=FixedGate(stages=rows, stage=stage), **common)
 
     @classmethod
+    def from_backbone(cls, config: Any, method: DilatedAttention | None = None, **common: Unpack[Common]) -> Self:
+        """The dilated attention that a backbone's own config asks for, as Recon's does.
+
+        Args:
+            config: has `use_dilated`, `task_type` ("pretrain" or "finetune") and the two ratios of `dilated`.
+            method: as in `dilated`.
+            **common: what all ways to make a config take.
+
+        Raises:
+            SpecError: the config asks for none, or a ratio breaks a law.
+        """
+        if not getattr(config, "use_dilated", False):
+            kind = getattr(config, "model_type", type(config).__name__)
+            raise SpecError(
+                f"`use_dilated` must hold in the backbone's config, but that of {kind!r} does not ask for dilated "
+                "attention. Set use_dilated=True in it, or use PeltonConfig.dilated()."
+            )
+        return cls.dilated(
+            method,
+            stage=config.task_type,
+            pretrain_dilated_ratio=config.pretrain_dilated_ratio,
+            finetune_dilated_ratio=config.finetune_dilated_ratio,
+            **common,
+        )
+
+    @classmethod
     def single(cls, method: MethodLike, **common: Unpack[Common]) -> Self:
         """One plain method, its gate fixed at 1."""
         return cls(methods=[method], gate=FixedGate(1.0), **common)
