@@ -135,13 +135,13 @@ def main() -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     journal = Journal(args.out)
-    for seed, cell, epochs in itertools.product(range(0 if args.table else args.seeds), args.cells, args.epochs):
-        key = (cell, seed, epochs)
-        with journal.claim("-".join(map(str, key))) as mine:
-            if mine and not any((r["cell"], r["seed"], r["epochs"]) == key for r in journal.records()):
-                record = one(*key, args.data.resolve(), args.models)
-                journal.append(record)
-                print(json.dumps(record), flush=True)
+    for seed, cell in itertools.product(range(0 if args.table else args.seeds), args.cells):
+        with journal.claim(f"{cell}-{seed}") as mine:
+            for epochs in args.epochs if mine else ():
+                if not any((r["cell"], r["seed"], r["epochs"]) == (cell, seed, epochs) for r in journal.records()):
+                    record = one(cell, seed, epochs, args.data.resolve(), args.models)
+                    journal.append(record)
+                    print(json.dumps(record), flush=True)
     print(table(journal.records()))
 
 
