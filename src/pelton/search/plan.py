@@ -1,4 +1,4 @@
-"""What a study is: its recipe, its space, its objectives. Fixed when it begins; workers and resumes must agree on it."""
+"""What a study is: its recipe, its space, its objectives. It is fixed when the study begins, for all its workers."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ class Budget:
             raise StudyError(f"`budget_params >= 1` must hold, but got {self.params}.")
         if self.latency is not None and not 1.0 < self.latency < float("inf"):
             raise StudyError(
-                f"`budget_latency > 1` must hold, but got {self.latency:g}: it is a ratio to the plain backbone's time, "
-                "and nothing that is attached is free. Give one such as 1.1."
+                f"`budget_latency > 1` must hold, but got {self.latency:g}: it is a ratio to the plain backbone's "
+                "time, and nothing that is attached is free. Give one such as 1.1."
             )
 
     def __bool__(self) -> bool:
@@ -174,9 +174,7 @@ class Plan:
         """Says in what another plan, as `written` gives it, differs: `key: its value → this one's`."""
         mine, theirs = _flat(json.loads(json.dumps(self.written()))), _flat(other)
         keys = [key for key in {**theirs, **mine} if not key.startswith(("notes", "recipe.output"))]
-        return [
-            f"{key}: {_told(theirs, key)} → {_told(mine, key)}" for key in keys if mine.get(key) != theirs.get(key)
-        ]
+        return [f"{key}: {_told(theirs, key)} → {_told(mine, key)}" for key in keys if mine.get(key) != theirs.get(key)]
 
 
 def require_validation(prepared: Prepared) -> None:

@@ -42,6 +42,10 @@ class Range:
             return trial.suggest_int(key, int(self.low), int(self.high), log=self.log)
         return trial.suggest_float(key, self.low, self.high, log=self.log)
 
+    def read(self, stored: Any) -> Any:
+        """Returns the value of what a storage holds."""
+        return stored
+
     @property
     def whole(self) -> bool:
         """Whether only whole numbers are meant."""
@@ -64,10 +68,18 @@ class Choices:
     values: tuple[Any, ...]
 
     def suggest(self, trial: optuna.Trial, key: str) -> Any:
-        """Chooses a value for a trial; lists and mappings are stored as JSON."""
-        if all(isinstance(value, Primitive) for value in self.values):
-            return trial.suggest_categorical(key, self.values)
-        return json.loads(str(trial.suggest_categorical(key, [json.dumps(value) for value in self.values])))
+        """Chooses a value for a trial."""
+        stored = self.values if self.plain else [json.dumps(value) for value in self.values]
+        return self.read(trial.suggest_categorical(key, stored))
+
+    @property
+    def plain(self) -> bool:
+        """Whether a storage holds the values as they are; lists and mappings are stored as JSON."""
+        return all(isinstance(value, Primitive) for value in self.values)
+
+    def read(self, stored: Any) -> Any:
+        """Returns the value of what a storage holds."""
+        return stored if self.plain else json.loads(stored)
 
     @property
     def corners(self) -> tuple[Any, ...]:
@@ -99,6 +111,10 @@ class Space:
     def suggest(self, trial: optuna.Trial) -> dict[str, Any]:
         """Returns the values of a trial by recipe key."""
         return {**self.fixed, **{key: one.suggest(trial, key) for key, one in self.searched.items()}}
+
+    def values(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns the values by recipe key of a trial that a storage holds."""
+        return {**self.fixed, **{key: self.searched[key].read(value) for key, value in stored.items()}}
 
     def over(self, other: Space) -> Space:
         """Returns the union of both; where both name a key, this one counts."""

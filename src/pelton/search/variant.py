@@ -74,12 +74,11 @@ def require_space(recipe: Recipe, space: Space) -> None:
     for key, dimension in space.searched.items():
         for value in dimension.corners:
             _require(recipe, key, value)
-        if isinstance(dimension, Range) and not dimension.whole and isinstance(value_at(recipe, key), int):
-            if not isinstance(value_at(recipe, key), bool):
-                raise StudyError(
-                    f"Space, key {key!r}: expected whole numbers, but got {dimension.written()}. Write its ends "
-                    "without a point."
-                )
+        if isinstance(dimension, Range) and not dimension.whole and type(value_at(recipe, key)) is int:
+            raise StudyError(
+                f"Space, key {key!r}: expected whole numbers, but got {dimension.written()}. Write its ends without a "
+                "point."
+            )
 
 
 def typed(recipe: Recipe, space: Space) -> Space:

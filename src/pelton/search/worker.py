@@ -20,7 +20,8 @@ from optuna.trial import FrozenTrial, TrialState
 
 from pelton.errors import StudyError
 from pelton.search.census import REASON, SURPLUS, Census, Lineage, root_of
-from pelton.search.storage import Storage, StorageAway
+from pelton.search.patient import StorageAway
+from pelton.search.storage import Storage
 
 Objective = Callable[[optuna.Trial, int], Sequence[float]]
 """Trains a trial and returns its values; the number says which of the study's trials it is, from 0."""
@@ -151,6 +152,6 @@ def _require_hope(census: Census) -> None:
     failed = census.in_state("failed")
     if len(failed) >= HOPELESS and not census.in_state("finished", "stopped", "running"):
         raise StudyError(
-            f"The first {len(failed)} trials of the study failed, and no other one finished. The last one: trial "
-            f"{failed[-1].root}: {failed[-1].reason}. Change the recipe or the space, and give the study another --name."
+            f"{len(failed)} trials of the study failed, and no other one finished. Trial {failed[-1].root}: "
+            f"{failed[-1].reason.rstrip('.')}. Change the recipe or the space, and give the study another --name."
         )

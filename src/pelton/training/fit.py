@@ -50,7 +50,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stopped(Exception):  # noqa: N818 - nothing went wrong
-    """A run that is not worth going on with ends early, without being judged; a callback raises it in `on_train_end`."""
+    """A run that is not worth going on with ends early, unjudged; a callback raises this in `on_train_end`."""
 
 
 def fit(
