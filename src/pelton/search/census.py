@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
 
 RETRIES = 5
@@ -23,6 +22,8 @@ RETRIES = 5
 REASON = "reason"
 """The attribute that says why a trial failed; one that failed without a reason has lost its worker."""
 SURPLUS = "surplus"
+FIRST_TRY, EARLIER_TRIES = "failed_trial", "retry_history"
+"""What Optuna's `RetryHeartbeatStaleTrialCallback` writes on a retry."""
 
 State = Literal["waiting", "running", "lost", "finished", "stopped", "failed"]
 
@@ -102,9 +103,8 @@ class Census:
 
 def root_of(trial: FrozenTrial) -> int:
     """Returns the number of the first try of a trial."""
-    root = RetryHeartbeatStaleTrialCallback.retried_trial_number(trial)
-    return trial.number if root is None else root
+    return int(trial.system_attrs.get(FIRST_TRY, trial.number))
 
 
 def _history(trial: FrozenTrial) -> list[int]:
-    return RetryHeartbeatStaleTrialCallback.retry_history(trial)
+    return list(trial.system_attrs.get(EARLIER_TRIES, ()))

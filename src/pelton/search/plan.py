@@ -12,9 +12,10 @@ from pelton.search.space import Space, parse_space
 from pelton.search.usual import usual_space
 from pelton.search.variant import explicit, require_space, typed
 from pelton.tasks.base import LOWER_IS_BETTER
+from pelton.tasks.load import load_task
 from pelton.training.backbone import quiet
 from pelton.training.loading import parse_recipe
-from pelton.training.prepare import Prepared, prepare
+from pelton.training.prepare import prepare
 from pelton.training.recipe import Recipe
 
 Objective = Literal["quality", "latency", "parameters"]
@@ -110,9 +111,9 @@ class Plan:
                 below what the head alone costs.
             PeltonError: what is wrong with the recipe or its data.
         """
+        require_validation(recipe)
         with quiet():
             prepared = prepare(recipe)
-        require_validation(prepared)
         limits = budget or Budget()
         recipe = explicit(prepared)
         asked = typed(recipe, space or Space({}))
@@ -177,11 +178,11 @@ class Plan:
         return [f"{key}: {_told(theirs, key)} → {_told(mine, key)}" for key in keys if mine.get(key) != theirs.get(key)]
 
 
-def require_validation(prepared: Prepared) -> None:
+def require_validation(recipe: Recipe) -> None:
     """Raises StudyError where a recipe has no validation rows to compare trials on."""
-    if "validation" not in prepared.data.splits:
+    if recipe.task.data is not None and "validation" not in load_task(recipe.task, recipe.training.seed).splits:
         raise StudyError(
-            f"Recipe {prepared.recipe.name} has no validation rows, and trials are compared on these, never on test "
+            f"Recipe {recipe.name} has no validation rows, and trials are compared on these, never on test "
             "rows. Hold some back with --set task.validation_fraction=0.1, or name a split with task.validation."
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,14 @@ def plot(study: Study) -> list[Path]:
         return found
 
 
+def _name_axes(figure: Any, names: list[str]) -> None:
+    """Makes room for every axis of parallel coordinates, and writes its whole name, which Optuna cuts off."""
+    figure.set_size_inches(max(7.0, 1.8 * len(names)), 5.0)
+    labels = figure.axes[0].get_xticklabels()
+    if len(labels) == len(names):
+        figure.axes[0].set_xticks(figure.axes[0].get_xticks(), labels=names, rotation=25, ha="right")
+
+
 @contextmanager
 def _pictures() -> Iterator[Callable[..., list[Path]]]:
     """Gives what draws and writes one plot; pyplot, which Optuna draws with, is left as it was."""
@@ -49,15 +58,15 @@ def _pictures() -> Iterator[Callable[..., list[Path]]]:
     }
 
     def draw(kind: str, path: Path, study: optuna.Study, **options: Any) -> list[Path]:
-        with pyplot.style.context("default"):
+        with pyplot.style.context("default"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that few trials say little about importance
             try:
                 figure = draws[kind](study, **options).figure
             except (ValueError, RuntimeError):  # all trials alike: nothing is more important than anything
                 return []
-            width = 7.0 if kind != "parallel" else max(7.0, 2.0 * len(study.trials[0].params))
-            figure.set_size_inches(width, 5.0)
-            for axes in figure.axes if kind == "parallel" else ():
-                axes.tick_params(axis="x", labelrotation=20)
+            figure.set_size_inches(7.0, 5.0)
+            if kind == "parallel":
+                _name_axes(figure, [str(options["target_name"]), *sorted(study.trials[0].params)])
             figure.savefig(path, dpi=150, bbox_inches="tight")
             pyplot.close(figure)
         return [path]

@@ -18,7 +18,8 @@ COSTS = ("parameters", "latency", "latency_spread", "steps", "train_seconds", "r
 
 def trial_table(study: Study) -> pd.DataFrame:
     """Returns one row a trial: its state, what it is compared by, its values by recipe key, what it cost."""
-    return pd.DataFrame([_row(study, lineage) for lineage in study.trials()])
+    table = pd.DataFrame([_row(study, lineage) for lineage in study.trials()])
+    return table.drop(columns=[key for key in COSTS if key in table and table[key].isna().all()])
 
 
 def write_report(study: Study) -> list[Path]:

@@ -6,7 +6,7 @@ A trial that runs when its worker dies stays "running" for ever. It is found
 - in any other database by heartbeats, which Optuna records and compares by the database's clock.
 
 Between the moment a trial is made and the one its worker is written on it, a trial has no worker; such a one counts as
-dead when it is old enough. A worker that was taken for dead and is not finds its trial ended, and its result is dropped,
+dead when it is old enough. A worker that was taken for dead and is not finds its trial ended, and its result dropped,
 so that none is counted twice.
 """
 
