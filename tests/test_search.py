@@ -248,9 +248,10 @@ def test_a_killed_study_goes_on_and_loses_nothing(tmp_path: Path) -> None:
     before: dict[int, Any] = {}
     chance = random.Random(0)
     for _ in range(5):
-        begun = log.stat().st_size
+        begun = len(log.read_text().splitlines())
         process = start(str(study.folder), 30, Cheap(0.02, str(log)))
-        while log.stat().st_size == begun:
+        until = begun + chance.randint(1, 3)
+        while len(log.read_text().splitlines()) < until:
             time.sleep(0.005)
         time.sleep(chance.random() * 0.3)
         kill(process)
@@ -264,7 +265,7 @@ def test_a_killed_study_goes_on_and_loses_nothing(tmp_path: Path) -> None:
     assert len(trials) == 30
     assert {one.state for one in trials} == {"finished", "stopped"}
     assert {number: ended(study)[number] for number in before} == before
-    for one in trials:
+    for one in trials:  # a try again has the values of the first
         assert all(try_.params.get(KEY, one.last.params[KEY]) == one.last.params[KEY] for try_ in one.tries)
     assert list((study.folder / "workers").iterdir()) == []
 
@@ -398,7 +399,9 @@ def test_what_is_no_study(tmp_path: Path) -> None:
         Storage("nonsense")
     with pytest.raises(StudyError, match="of an unknown kind"):
         Storage("nonsense://host/name")
-    with pytest.raises(StudyError, match=r"user:\*\*\*@host/name needs a driver that is not installed: pip install the driver"):
+    with pytest.raises(
+        StudyError, match=r"user:\*\*\*@host/name needs a driver that is not installed: pip install 'mysqlclient'"
+    ):
         Storage("mysql://user:secret@host/name")
 
 
@@ -547,7 +550,7 @@ def test_a_front_of_several_objectives(make: Make, tmp_path: Path) -> None:
         parse_space(SPACE, "test"),
         usual=False,
         objectives=("quality", "latency", "parameters"),
-        budget=Budget(params=1200, latency=1000.0),
+        budget=Budget(params=3000, latency=1000.0),
     )
     assert not plan.stops
     study = Study.start(tmp_path / "study", plan)
@@ -558,10 +561,10 @@ def test_a_front_of_several_objectives(make: Make, tmp_path: Path) -> None:
     study.run(3)
     states = {one.last.params["adapter.methods.lora.rank"]: one for one in study.trials()}
     assert {rank: one.reason for rank, one in states.items() if rank != 4} == {1: "", 2: ""}
-    assert states[1].last.values[2] < states[2].last.values[2] <= 1200
+    assert states[1].last.values[2] < states[2].last.values[2] <= 3000
     assert states[1].last.values[1] > 1.0 or states[1].last.user_attrs["latency_spread"] > 0
     assert states[4].state == "stopped"
-    assert "of 1,200 trainable parameters" in states[4].reason
+    assert "of 3,000 trainable parameters" in states[4].reason
     assert {one.root for one in study.best()} <= {0, 2}
     paths = write_report(study)
     assert {path.name for path in paths} >= {"trials.csv", "best.yaml", "pareto.png"}

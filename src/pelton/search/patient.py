@@ -16,7 +16,14 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.trial import TrialState
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError, InterfaceError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import (
+    ArgumentError,
+    DBAPIError,
+    InterfaceError,
+    NoSuchModuleError,
+    OperationalError,
+    PendingRollbackError,
+)
 from sqlalchemy.exc import SQLAlchemyError as DatabaseError
 
 from pelton.errors import StudyError
@@ -25,6 +32,8 @@ PATIENCE = 120.0
 """Seconds in which a database that went away may come back."""
 OPENING = 15.0
 """Seconds in which it may come up first."""
+DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
+"""What one installs for the modules that SQLAlchemy asks for."""
 INNER = ("_create_new_trial", "_set_trial_param", "_get_trials", "_get_best_trial_id")
 """What Optuna's cache calls beside the public methods."""
 
@@ -102,7 +111,7 @@ def is_away(error: BaseException) -> bool:
     """Tells whether an error means that the database cannot be reached now, or is busy."""
     cause = error.__cause__ if isinstance(error, StorageInternalError) else error
     gone = isinstance(cause, DBAPIError) and cause.connection_invalidated
-    return gone or isinstance(cause, OperationalError | InterfaceError)
+    return gone or isinstance(cause, OperationalError | InterfaceError | PendingRollbackError)
 
 
 def connect(url: str, **beats: int) -> PatientStorage:
@@ -127,9 +136,10 @@ def connect(url: str, **beats: int) -> PatientStorage:
         known = "sqlite, postgresql, mysql"
         raise StudyError(f"The storage {shown(url)} is of an unknown kind ({error}). Known: {known}.") from error
     except ImportError as error:
-        driver = "psycopg2-binary" if url.startswith("postgresql") else "the driver that its URL names"
+        module = getattr(error.__cause__, "name", None)
+        driver = DRIVERS.get(str(module), "the driver that its URL names")
         raise StudyError(
-            f"The storage {shown(url)} needs a driver that is not installed: pip install {driver}."
+            f"The storage {shown(url)} needs a driver that is not installed: pip install '{driver}'."
         ) from error
 
 
