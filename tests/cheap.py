@@ -52,7 +52,7 @@ class Cheap:
         if self.log is not None:
             with Path(self.log).open("a", encoding="utf-8") as file:
                 file.write(f"{trial.number} {os.getpid()}\n")
-        time.sleep(random.Random(trial.number).random() * self.seconds)
+        time.sleep((0.5 + 0.5 * random.Random(trial.number).random()) * self.seconds)
         trial.report(value_of(x), 1)
         if place % 5 == 4:
             raise StopTrial("it was behind")

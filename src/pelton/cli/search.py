@@ -105,3 +105,25 @@ def duration(text: str) -> float:
     if not parts or "".join(f"{number}{unit}" for number, unit in parts) != text or not any(float(n) for n, _ in parts):
         raise typer.BadParameter(f"expected a time such as 2h, 90m or 1h30m, but got {text!r}")
     return sum(float(number) * SECONDS[unit] for number, unit in parts)
+
+
+def recommend(
+    task: Annotated[
+        str, typer.Option(help="One that `pelton bench` knows, such as sst2, or a kind such as text-classification.")
+    ],
+    examples: Annotated[int, typer.Option(min=1, help="How many there are to train on.")],
+    backbone: Annotated[str | None, typer.Option(help="As in a recipe; all-MiniLM-L6-v2 if not given.")] = None,
+    data: Annotated[str | None, typer.Option(help="As task.data in a recipe.")] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The recipe, a new file.")] = Path("recommended.yaml"),
+) -> None:
+    """Write a recipe to start from, by what the benchmark found on tasks like it; prints the rule and its rows."""
+    from pelton.bench.protocol import MINILM
+    from pelton.cli import show
+    from pelton.search.recommend import recommend as find
+    from pelton.search.recommend import write_recommendation
+
+    found = find(task, examples, backbone or MINILM, data)
+    write_recommendation(found, output)
+    show.recommendation(found)
+    missing = "" if found.recipe.task.data is not None else " --set task.data=DIR"
+    print(f"pelton fit {output}{missing}")

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pelton.compress.runs import Change
     from pelton.insight.drift import GateDrift
     from pelton.search.final import Final
+    from pelton.search.recommend import Recommendation
     from pelton.search.study import Study
     from pelton.training.folder import RunFolder
 
@@ -209,3 +210,17 @@ def study(found: Study, final: Final | None) -> None:
             console.print(Text(f"· seed {seed} failed: {reason}"), soft_wrap=True)
     console.print(f"\n{'recipe':<13}{found.folder / 'best.yaml'}", highlight=False, soft_wrap=True)
     console.print(f"{'study':<13}{found.folder}", highlight=False, soft_wrap=True)
+
+
+def recommendation(found: Recommendation) -> None:
+    """Prints the rule by which a recipe was chosen, and the rows behind it."""
+    console, grid = Console(), Table(box=None, padding=(0, 1))
+    for line in found.rule:
+        console.print(Text(f"· {line}"), soft_wrap=True)
+    grid.add_column("method", style="bold")
+    for name in ("score", "difference", "± error", "rate", "trainable"):
+        grid.add_column(name, justify="right")
+    for place, (method, row) in enumerate(found.rows.iterrows()):
+        behind = ("", "") if place == 0 else (f"{row['difference']:+.2f}", f"{row['error']:.2f}")
+        grid.add_row(str(method), f"{row['score']:.2f}", *behind, f"{row['rate']:g}", f"{int(row['trainable']):,}")
+    console.print(grid)
