@@ -15,7 +15,7 @@ from typing import Any
 import alembic.command  # noqa: F401 - what each process would import when it connects
 import optuna
 
-from pelton.search.plan import Plan
+from pelton.search.plan import StudyPlan
 from pelton.search.space import Range, Space
 from pelton.search.study import Study
 from pelton.search.worker import StopTrial
@@ -24,10 +24,10 @@ from pelton.training.loading import parse_recipe
 KEY = "training.learning_rate"
 
 
-def cheap_plan(**changes: Any) -> Plan:
+def cheap_plan(**changes: Any) -> StudyPlan:
     """Returns a plan whose recipe is never trained."""
     recipe = parse_recipe({"name": "cheap", "backbone": "none", "task": {"data": "none"}}, "test")
-    return Plan(recipe, Space({KEY: Range(1e-4, 1e-2, log=True)}), **changes)
+    return StudyPlan(recipe, Space({KEY: Range(1e-4, 1e-2, log=True)}), **changes)
 
 
 def value_of(x: float) -> float:

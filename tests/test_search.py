@@ -25,7 +25,7 @@ from pelton.search import patient, worker
 from pelton.search.census import REASON, RETRIES, Census
 from pelton.search.final import confirm
 from pelton.search.patient import StorageAway
-from pelton.search.plan import Budget, Plan
+from pelton.search.plan import Budget, StudyPlan
 from pelton.search.report import markdown, trial_table, write_report
 from pelton.search.space import Choices, Range, Space, load_space, parse_space
 from pelton.search.storage import Storage
@@ -88,7 +88,7 @@ def test_a_range_that_is_none(value: Any, message: str) -> None:
 
 
 def test_the_default_space_is_what_the_recipe_has(make: Make) -> None:
-    plan = Plan.of(make(max_steps=6))
+    plan = StudyPlan.of(make(max_steps=6))
     assert set(plan.space.searched) == {
         "adapter.gate.temperature",
         "adapter.gate.init_std",
@@ -104,12 +104,12 @@ def test_the_default_space_is_what_the_recipe_has(make: Make) -> None:
     }
     assert plan.space.searched["training.gate_warmup_steps"] == Range(0, 6)
     assert "adapter.methods.prefix.prefix_length is not searched: the adapter has no prefix." in plan.space.notes
-    prefix = Plan.of(make({"preset": "prefix"}))
+    prefix = StudyPlan.of(make({"preset": "prefix"}))
     assert "adapter.methods.prefix.prefix_length" in prefix.space.searched
     assert "adapter.gate.temperature is not searched: a fixed gate learns nothing." in prefix.space.notes
     sigmoid = {**GATED, "gate": {"kind": "mlp", "activation": "sigmoid"}}
-    assert "adapter.gate.l1" in Plan.of(make(sigmoid)).space.searched
-    assert list(Plan.of(make(None)).space.searched) == [
+    assert "adapter.gate.l1" in StudyPlan.of(make(sigmoid)).space.searched
+    assert list(StudyPlan.of(make(None)).space.searched) == [
         "training.head_learning_rate",
         "training.backbone_learning_rate",
     ]
@@ -117,14 +117,14 @@ def test_the_default_space_is_what_the_recipe_has(make: Make) -> None:
 
 def test_a_space_goes_over_the_default_one(make: Make) -> None:
     mine = parse_space({"training.learning_rate": 1e-3, "adapter.methods.0.rank": {"low": 1, "high": 4}}, "test")
-    plan = Plan.of(make(), mine)
+    plan = StudyPlan.of(make(), mine)
     assert plan.space.fixed == {"training.learning_rate": 1e-3}
     assert "training.learning_rate" not in plan.space.searched
     assert plan.space.searched["adapter.methods.0.rank"] == Range(1, 4)
     whole = parse_space({"adapter.methods.lora.dropout": {"low": 0, "high": 0.5}}, "test")
-    assert list(Plan.of(make(), whole, usual=False).space.searched) == ["adapter.methods.lora.dropout"]
+    assert list(StudyPlan.of(make(), whole, usual=False).space.searched) == ["adapter.methods.lora.dropout"]
     ends = parse_space({"adapter.gate.temperature": {"low": 1, "high": 2}}, "test")
-    assert not Plan.of(make(), ends, usual=False).space.searched["adapter.gate.temperature"].whole  # type: ignore[union-attr]
+    assert not StudyPlan.of(make(), ends, usual=False).space.searched["adapter.gate.temperature"].whole  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -141,19 +141,19 @@ def test_a_space_goes_over_the_default_one(make: Make) -> None:
 )
 def test_a_key_or_value_that_cannot_be_trained(make: Make, values: dict[str, Any], message: str) -> None:
     with pytest.raises(StudyError, match="Space, key") as error:
-        Plan.of(make(), parse_space(values, "test"))
+        StudyPlan.of(make(), parse_space(values, "test"))
     assert message in str(error.value)
 
 
 def test_what_a_plan_refuses(make: Make, tmp_path: Path) -> None:
     with pytest.raises(StudyError, match=r"has no validation rows.*task\.validation_fraction=0\.1"):
-        Plan.of(make(task={"data": str(save_data(tmp_path / "bare", validation=0)), "validation_fraction": 0.0}))
+        StudyPlan.of(make(task={"data": str(save_data(tmp_path / "bare", validation=0)), "validation_fraction": 0.0}))
     with pytest.raises(StudyError, match=r"leaves nothing for methods: the head alone trains 34 parameters"):
-        Plan.of(make(), budget=Budget(params=34))
+        StudyPlan.of(make(), budget=Budget(params=34))
     with pytest.raises(StudyError, match=r"`budget_latency > 1` must hold, but got 1"):
         Budget(latency=1.0)
     with pytest.raises(StudyError, match="nothing to search"):
-        Plan.of(make(), Space({}), usual=False)
+        StudyPlan.of(make(), Space({}), usual=False)
     with pytest.raises(PeltonError, match="Did you mean 'latency'"):
         cheap_plan(objectives=("quality", "latncy"))
     with pytest.raises(StudyError, match="named once each"):
@@ -224,7 +224,7 @@ def test_a_study_has_as_many_trials_as_were_asked_for(tmp_path: Path) -> None:
 def test_a_trial_too_many_ends_at_once(tmp_path: Path) -> None:
     study = Study.start(tmp_path / "study", cheap_plan())
     study.run(2, objective=Cheap(0.0))
-    with study.optuna() as trials:
+    with study.as_optuna() as trials:
         one_too_many = trials.ask()
     told: list[Any] = []
     storage = study._storage()
@@ -342,7 +342,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path, monkeypatch: pytest
 def test_another_study_of_the_same_name(tmp_path: Path) -> None:
     Study.start(tmp_path / "study", cheap_plan())
     Study.start(tmp_path / "study", cheap_plan())
-    other = Plan(cheap_plan().recipe, Space({KEY: Range(1e-5, 1e-2, log=True)}))
+    other = StudyPlan(cheap_plan().recipe, Space({KEY: Range(1e-5, 1e-2, log=True)}))
     with pytest.raises(StudyError, match=rf"another one: space\.{KEY}\.low: 0\.0001 → 1e-05"):
         Study.start(tmp_path / "study", other)
     with pytest.raises(StudyError, match=r"objectives: \['quality'\] → \['quality', 'parameters'\]"):
@@ -485,7 +485,7 @@ def judged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_trial_never_sees_test_rows(make: Make, tmp_path: Path, judged: list[int]) -> None:
     """The test split has 16 rows, and so has the validation split unless the recipe takes 12 of it."""
-    plan = Plan.of(make(max_steps=2, task={"validation_examples": 12}), parse_space(SPACE, "test"), usual=False)
+    plan = StudyPlan.of(make(max_steps=2, task={"validation_examples": 12}), parse_space(SPACE, "test"), usual=False)
     study = Study.start(tmp_path / "study", plan)
     study.run(2)
     assert set(judged) == {12}
@@ -529,7 +529,7 @@ def test_the_command_line_from_search_to_fit(make: Make, tmp_path: Path, capsys:
 
 def test_a_trial_that_falls_behind_ends_cleanly(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = make(max_steps=6, evaluate_every=2, trackers=["tensorboard"])
-    plan = Plan.of(recipe, parse_space(SPACE, "test"), usual=False)
+    plan = StudyPlan.of(recipe, parse_space(SPACE, "test"), usual=False)
     study = Study.start(tmp_path / "study", plan)
     monkeypatch.setattr(
         optuna.Trial, "should_prune", lambda self: len(self.study.trials[self.number].intermediate_values) == 2
@@ -545,7 +545,7 @@ def test_a_trial_that_falls_behind_ends_cleanly(make: Make, tmp_path: Path, monk
 
 
 def test_a_front_of_several_objectives(make: Make, tmp_path: Path) -> None:
-    plan = Plan.of(
+    plan = StudyPlan.of(
         make(max_steps=2),
         parse_space(SPACE, "test"),
         usual=False,
@@ -555,7 +555,7 @@ def test_a_front_of_several_objectives(make: Make, tmp_path: Path) -> None:
     assert not plan.stops
     study = Study.start(tmp_path / "study", plan)
     assert study.plan.directions == ["maximize", "minimize", "minimize"]
-    with study.optuna() as trials:
+    with study.as_optuna() as trials:
         for rank in (1, 4, 2):
             trials.enqueue_trial({"adapter.methods.lora.rank": rank, "training.learning_rate": 1e-3})
     study.run(3)

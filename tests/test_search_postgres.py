@@ -124,7 +124,7 @@ def test_four_workers_one_killed_and_the_database_restarted(server: Server, tmp_
     of = {try_.number: one for one in trials for try_ in one.tries}
     assert len(of[lost].tries) > 1
     assert of[lost].tries[0].params.get(KEY, of[lost].last.params[KEY]) == of[lost].last.params[KEY]
-    with study.optuna() as storage:
+    with study.as_optuna() as storage:
         counted = [trial.number for trial in storage.trials if trial.state.name in ("COMPLETE", "PRUNED")]
     assert sorted(counted) == sorted(one.last.number for one in trials)
 

@@ -55,7 +55,7 @@ def search(
     seconds = math.inf if time is None else duration(time)
     from pelton.cli import show
     from pelton.search.final import confirm
-    from pelton.search.plan import Budget, Plan
+    from pelton.search.plan import Budget, StudyPlan
     from pelton.search.report import describe, write_report
     from pelton.search.space import Space, load_space
     from pelton.search.study import Study
@@ -67,7 +67,7 @@ def search(
         base = load_recipe(str(recipe), overrides or [])
         wanted, usual = (Space({}), True) if space is None else load_space(space)
         named = tuple(one.strip() for one in objectives.split(",") if one.strip())
-        plan = Plan.of(
+        plan = StudyPlan.of(
             base,
             wanted,
             usual=usual,

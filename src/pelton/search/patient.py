@@ -23,8 +23,8 @@ from sqlalchemy.exc import (
     NoSuchModuleError,
     OperationalError,
     PendingRollbackError,
+    SQLAlchemyError,
 )
-from sqlalchemy.exc import SQLAlchemyError as DatabaseError
 
 from pelton.errors import StudyError
 
@@ -59,7 +59,7 @@ class PatientStorage(RDBStorage):
 
     def record_heartbeat(self, trial_id: int) -> None:
         """Records that a trial's worker lives; one that is missed while the database is away does not matter."""
-        with suppress(StorageInternalError, DatabaseError):
+        with suppress(StorageInternalError, SQLAlchemyError):
             super().record_heartbeat(trial_id)
 
     def set_trial_state_values(self, trial_id: int, state: TrialState, values: Any = None) -> bool:
@@ -131,7 +131,10 @@ def connect(url: str, **beats: int) -> PatientStorage:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            return _patiently(lambda: PatientStorage(url, **options, **beats), OPENING, shown(url), _is_opening)
+            opened: PatientStorage = _patiently(
+                lambda: PatientStorage(url, **options, **beats), OPENING, shown(url), _is_opening
+            )
+        return opened
     except NoSuchModuleError as error:
         known = "sqlite, postgresql, mysql"
         raise StudyError(f"The storage {shown(url)} is of an unknown kind ({error}). Known: {known}.") from error
@@ -172,7 +175,7 @@ def _patiently(act: Callable[[], Any], patience: float, name: str, passing: Call
     while True:
         try:
             return act()
-        except (StorageInternalError, DatabaseError) as error:
+        except (StorageInternalError, SQLAlchemyError) as error:
             if not passing(error):
                 raise
             if time.monotonic() - started > patience:

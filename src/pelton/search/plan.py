@@ -53,7 +53,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Plan:
+class StudyPlan:
     """What a study is.
 
     Attributes:
@@ -95,7 +95,7 @@ class Plan:
         objectives: tuple[Objective, ...] = ("quality",),
         stopping: Stopping = "hyperband",
         budget: Budget | None = None,
-    ) -> Plan:
+    ) -> StudyPlan:
         """Makes a plan of a recipe, and checks all that can be checked before the first trial.
 
         Args:
@@ -129,9 +129,9 @@ class Plan:
         return self.recipe.training.metric_for_best
 
     @property
-    def directions(self) -> list[str]:
+    def directions(self) -> list[Literal["minimize", "maximize"]]:
         """Which way each objective is better, in Optuna's words."""
-        best = "minimize" if self.metric in LOWER_IS_BETTER else "maximize"
+        best: Literal["minimize", "maximize"] = "minimize" if self.metric in LOWER_IS_BETTER else "maximize"
         return [best if name == "quality" else "minimize" for name in self.objectives]
 
     @property
@@ -157,7 +157,7 @@ class Plan:
         }
 
     @classmethod
-    def read(cls, values: Mapping[str, Any], source: str) -> Plan:
+    def read(cls, values: Mapping[str, Any], source: str) -> StudyPlan:
         """Reads what `written` gave."""
         try:
             space = parse_space(values["space"], source)
@@ -187,7 +187,7 @@ def require_validation(recipe: Recipe) -> None:
         )
 
 
-def require_possible(plan: Plan) -> None:
+def require_possible(plan: StudyPlan) -> None:
     """Raises StudyError where a budget of parameters is below the empty model's: the head without any method."""
     if plan.budget.params is None:
         return

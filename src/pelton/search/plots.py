@@ -19,7 +19,7 @@ FEWEST = 2
 
 def plot(study: Study) -> list[Path]:
     """Draws what there are enough finished trials for; returns the files."""
-    with study.optuna() as trials, _pictures() as draw:
+    with study.as_optuna() as trials, _pictures() as draw:
         done = len(trials.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)))
         if done < FEWEST:
             return []
@@ -50,7 +50,7 @@ def _pictures() -> Iterator[Callable[..., list[Path]]]:
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as kinds
 
-    draws = {
+    draws: dict[str, Callable[..., Any]] = {
         "history": kinds.plot_optimization_history,
         "importance": kinds.plot_param_importances,
         "parallel": kinds.plot_parallel_coordinate,

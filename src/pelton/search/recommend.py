@@ -6,8 +6,8 @@ The rule, which is printed with the rows it went by:
 2. Of the measured data sizes the nearest (in its logarithm) counts at which two methods can be compared.
 3. Methods are compared on the pairs of task and seed that all of them have finished; those that have finished fewer
    than half of all pairs are left out.
-4. The method with the highest mean over tasks of its mean over seeds is taken, with the learning rate that it chose most
-   often on held-back rows, at the steps and with the head of the benchmark.
+4. The method with the highest mean over tasks of its mean over seeds is taken, with the learning rate that it chose
+   most often on held-back rows, at the steps and with the head of the benchmark.
 
 It is a start and no promise: differences below one standard error of the pairs are noise, and those methods are named.
 """
@@ -108,7 +108,7 @@ def _alike(rows: pd.DataFrame, task: str) -> tuple[pd.DataFrame, str]:
 
 def _nearest(rows: pd.DataFrame, examples: int) -> tuple[int, pd.DataFrame]:
     """Returns the nearest size at which methods can be compared, and its comparable rows."""
-    sizes = {int(size): _comparable(part) for size, part in rows.groupby("examples")}  # type: ignore[call-overload]
+    sizes = {int(size): _comparable(rows[rows["examples"] == size]) for size in rows["examples"].unique()}
     known = [size for size, part in sizes.items() if len(part)]
     size = min(known, key=lambda one: (abs(math.log(one / examples)), one))
     return size, sizes[size]

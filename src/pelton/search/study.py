@@ -28,7 +28,7 @@ from optuna.trial import FrozenTrial
 from pelton.errors import StudyError
 from pelton.search.census import Census, Lineage
 from pelton.search.patient import has_password, shown
-from pelton.search.plan import Plan
+from pelton.search.plan import StudyPlan
 from pelton.search.storage import GRACE, HEARTBEAT, Storage
 from pelton.search.trial import Training
 from pelton.search.variant import variant
@@ -48,7 +48,7 @@ class Study:
     Every trial is in a database as soon as it is begun, so a study can be killed at any moment and goes on from there.
     """
 
-    def __init__(self, folder: Path, name: str, plan: Plan, url: str | None, wanted: int | None = None) -> None:
+    def __init__(self, folder: Path, name: str, plan: StudyPlan, url: str | None, wanted: int | None = None) -> None:
         """Takes what `start` made or `open` read."""
         self.folder, self.name, self.plan, self.wanted = folder, name, plan, wanted
         self.url = f"sqlite:///{(folder / 'study.db').resolve()}" if url is None else url
@@ -56,7 +56,9 @@ class Study:
         self.heartbeat, self.grace = HEARTBEAT, GRACE
 
     @classmethod
-    def start(cls, folder: Path | str, plan: Plan, *, name: str | None = None, storage: str | None = None) -> Study:
+    def start(
+        cls, folder: Path | str, plan: StudyPlan, *, name: str | None = None, storage: str | None = None
+    ) -> Study:
         """Makes a study in a folder, or goes on with the same one.
 
         Args:
@@ -103,7 +105,7 @@ class Study:
             raise StudyError(
                 f"The storage {values['storage']} has a password, which the folder does not hold: give --storage again."
             )
-        plan = Plan.read(values, str(path))
+        plan = StudyPlan.read(values, str(path))
         return cls(Path(folder), values["name"], plan, storage or values["storage"], values.get("trials"))
 
     def run(
@@ -186,7 +188,7 @@ class Study:
         return variant(self.plan.recipe, self.plan.space.values(trial.params))
 
     @contextmanager
-    def optuna(self) -> Iterator[optuna.Study]:
+    def as_optuna(self) -> Iterator[optuna.Study]:
         """Gives the study as Optuna has it, for its own plots and analyses."""
         with self._connected() as (study, _):
             yield study
@@ -227,7 +229,7 @@ class Study:
         draft.replace(self.folder / "study.yaml")
 
 
-def _pruner(plan: Plan) -> BasePruner:
+def _pruner(plan: StudyPlan) -> BasePruner:
     if not plan.stops:
         return NopPruner()
     if plan.stopping == "halving":
@@ -253,7 +255,7 @@ def nothing_finished(lineages: tuple[Lineage, ...] | list[Lineage]) -> str:
     )
 
 
-def _require_same(before: dict[str, Any], plan: Plan, name: str) -> None:
+def _require_same(before: dict[str, Any], plan: StudyPlan, name: str) -> None:
     changes = plan.differences(before)
     if changes:
         more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pelton.errors import TrainingError
 from pelton.search.census import root_of
 from pelton.search.cost import Cost, cost_of, cost_of_run
-from pelton.search.plan import Plan
+from pelton.search.plan import StudyPlan
 from pelton.search.variant import variant
 from pelton.search.worker import StopTrial
 from pelton.training.fit import Stopped, fit
@@ -34,7 +34,7 @@ class Reports(TrainerCallback):  # type: ignore[misc]
     several objectives nothing is reported: Optuna compares running trials by one.
     """
 
-    def __init__(self, trial: optuna.Trial, plan: Plan) -> None:
+    def __init__(self, trial: optuna.Trial, plan: StudyPlan) -> None:
         """Takes the trial and what its study compares."""
         self.trial, self.plan = trial, plan
         self.count, self.behind = 0, False
@@ -68,7 +68,7 @@ class Reports(TrainerCallback):  # type: ignore[misc]
 class Training:
     """The objective of a study: trains the variant that a trial stands for."""
 
-    plan: Plan
+    plan: StudyPlan
     folder: Path
 
     def __call__(self, trial: optuna.Trial, place: int) -> list[float]:

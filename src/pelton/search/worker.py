@@ -17,10 +17,11 @@ import optuna
 from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
 from optuna.storages import RetryHeartbeatStaleTrialCallback
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import SQLAlchemyError
 
 from pelton.errors import StudyError
 from pelton.search.census import REASON, SURPLUS, Census, Lineage, root_of
-from pelton.search.patient import DatabaseError, StorageAway
+from pelton.search.patient import StorageAway
 from pelton.search.storage import Storage
 
 Objective = Callable[[optuna.Trial, int], Sequence[float]]
@@ -128,7 +129,7 @@ class Worker:
         except StopTrial as stop:
             trial.set_user_attr(REASON, str(stop))
             return None, TrialState.PRUNED
-        except (StorageAway, StorageInternalError, DatabaseError):  # not the trial's fault: it is tried again
+        except (StorageAway, StorageInternalError, SQLAlchemyError):  # not the trial's fault: it is tried again
             raise
         except KeyboardInterrupt:
             self._tell(trial, None, TrialState.FAIL)  # without a reason: it is tried again
