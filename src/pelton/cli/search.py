@@ -28,14 +28,19 @@ def search(
         Path | None, typer.Option(metavar="FILE", help="YAML over the default space: KEY: {low, high, log} and so on.")
     ] = None,
     name: Annotated[str | None, typer.Option(help="Of the study; the recipe's if not given. The same goes on.")] = None,
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the study's folder is made.")] = Path("studies"),
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where the study's folder is made; studies if not given.")
+    ] = None,
     storage: Annotated[
         str | None, typer.Option(metavar="URL", help="A database for many workers; a SQLite file if not given.")
     ] = None,
-    objectives: Annotated[str, typer.Option(help="By comma: quality, latency, parameters.")] = "quality",
+    objectives: Annotated[
+        str | None, typer.Option(help="By comma: quality, latency, parameters; quality if not given.")
+    ] = None,
     stopping: Annotated[
-        Literal["hyperband", "halving", "none"], typer.Option(help="How trials that fall behind end early.")
-    ] = "hyperband",
+        Literal["hyperband", "halving", "none"] | None,
+        typer.Option(help="How trials that fall behind end early; hyperband if not given."),
+    ] = None,
     budget_params: Annotated[
         int | None, typer.Option(min=1, help="Trainable parameters at most; dearer trials are not trained.")
     ] = None,
@@ -50,8 +55,12 @@ def search(
     """Search hyperparameters of a recipe; can be killed and goes on, alone or together with others on one storage."""
     if (recipe is None) == (resume is None):
         raise typer.BadParameter("give either a recipe or --resume FOLDER")
-    if resume is not None and (overrides or space or name):
-        raise typer.BadParameter("--resume goes on as the study began: --set, --space and --name do not go with it")
+    budgets = (budget_params, budget_latency)
+    if resume is not None and (overrides or space or name or output or objectives or stopping or any(budgets)):
+        raise typer.BadParameter(
+            "--resume goes on as the study began: of the other options only --trials, --time, --storage and "
+            "--fresh-seeds go with it"
+        )
     seconds = math.inf if time is None else duration(time)
     from pelton.cli import show
     from pelton.search.final import confirm
@@ -66,16 +75,16 @@ def search(
     else:
         base = load_recipe(str(recipe), overrides or [])
         wanted, usual = (Space({}), True) if space is None else load_space(space)
-        named = tuple(one.strip() for one in objectives.split(",") if one.strip())
+        named = tuple(one.strip() for one in (objectives or "quality").split(",") if one.strip())
         plan = StudyPlan.of(
             base,
             wanted,
             usual=usual,
             objectives=named,  # type: ignore[arg-type]  # checked there
-            stopping=stopping,
+            stopping=stopping or "hyperband",
             budget=Budget(budget_params, budget_latency),
         )
-        study = Study.start(output / (name or base.name), plan, storage=storage)
+        study = Study.start((output or Path("studies")) / (name or base.name), plan, storage=storage)
         for note in plan.space.notes:
             print(f"· {note}", file=sys.stderr)
         if plan.stopping != "none" and not plan.stops:

@@ -32,6 +32,8 @@ PATIENCE = 120.0
 """Seconds in which a database that went away may come back."""
 OPENING = 15.0
 """Seconds in which it may come up first."""
+_CHECKED: set[str] = set()
+"""Databases whose tables this process has found to be those of this version of Optuna, which takes half a second."""
 DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
 """What one installs for the modules that SQLAlchemy asks for."""
 INNER = ("_create_new_trial", "_set_trial_param", "_get_trials", "_get_best_trial_id")
@@ -132,8 +134,12 @@ def connect(url: str, **beats: int) -> PatientStorage:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             opened: PatientStorage = _patiently(
-                lambda: PatientStorage(url, **options, **beats), OPENING, shown(url), _is_opening
+                lambda: PatientStorage(url, **options, **beats, skip_compatibility_check=url in _CHECKED),
+                OPENING,
+                shown(url),
+                _is_opening,
             )
+        _CHECKED.add(url)
         return opened
     except NoSuchModuleError as error:
         known = "sqlite, postgresql, mysql"
