@@ -32,6 +32,8 @@ PATIENCE = 120.0
 """Seconds in which a database that went away may come back."""
 OPENING = 15.0
 """Seconds in which it may come up first."""
+TRIES = 4
+"""At least so many: where much else runs, one try alone may take longer than all of these seconds."""
 _CHECKED: set[str] = set()
 """Databases whose tables this process has found to be those of this version of Optuna, which takes half a second."""
 DRIVERS = {"psycopg": "psycopg[binary]", "psycopg2": "psycopg2-binary", "MySQLdb": "mysqlclient"}
@@ -177,14 +179,15 @@ def _is_opening(error: BaseException) -> bool:
 
 
 def _patiently(act: Callable[[], Any], patience: float, name: str, passing: Callable[[BaseException], bool]) -> Any:
-    started, pause = time.monotonic(), 0.05
+    started, pause, tries = time.monotonic(), 0.05, 0
     while True:
+        tries += 1
         try:
             return act()
         except (StorageInternalError, SQLAlchemyError) as error:
             if not passing(error):
                 raise
-            if time.monotonic() - started > patience:
+            if tries >= TRIES and time.monotonic() - started > patience:
                 reason = " ".join(str(error.__cause__ or error).split("\n[SQL")[0].split())
                 raise StorageAway(
                     f"The storage {name} could not be reached for {patience:g} seconds ({reason}). Every trial that is "

@@ -14,9 +14,10 @@ from pelton.search.variant import explicit, require_space, typed
 from pelton.tasks.base import LOWER_IS_BETTER
 from pelton.tasks.load import load_task
 from pelton.training.backbone import quiet
+from pelton.training.feasible import OF_ADAPTERS
 from pelton.training.loading import parse_recipe
 from pelton.training.prepare import prepare
-from pelton.training.recipe import Recipe
+from pelton.training.recipe import Recipe, default_of
 
 Objective = Literal["quality", "latency", "parameters"]
 Stopping = Literal["hyperband", "halving", "none"]
@@ -209,9 +210,6 @@ def _without_methods(recipe: Recipe) -> Recipe:
     """Returns a recipe without the training settings that only methods and gates have."""
     if recipe.adapter is None:
         return recipe
-    from pelton.training.feasible import OF_ADAPTERS
-    from pelton.training.recipe import default_of
-
     plain = {key: default_of(key) for key in (*OF_ADAPTERS, "train_backbone", "layer_decay", "l2_sp")}
     return recipe.model_copy(update={"training": recipe.training.model_copy(update=plain)})
 
