@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from pelton.insight.latency import Stopwatch
     from pelton.insight.monitor import DriftMonitor
     from pelton.methods import IA3, BitFit, Bottleneck, DilatedAttention, LoRA, Prefix, register_method
+    from pelton.search.plan import StudyPlan
+    from pelton.search.recommend import recommend
+    from pelton.search.study import Study
     from pelton.tuner import (
         Peft,
         PeltonConfig,
@@ -59,6 +62,9 @@ _HOME = {
     "pelton.insight.latency": ("Stopwatch",),
     "pelton.insight.monitor": ("DriftMonitor",),
     "pelton.methods": ("IA3", "BitFit", "Bottleneck", "DilatedAttention", "LoRA", "Prefix", "register_method"),
+    "pelton.search.plan": ("StudyPlan",),
+    "pelton.search.recommend": ("recommend",),
+    "pelton.search.study": ("Study",),
     "pelton.tuner": (
         "Peft",
         "PeltonConfig",
@@ -91,6 +97,8 @@ __all__ = [
     "Prefix",
     "ScalarGate",
     "Stopwatch",
+    "Study",
+    "StudyPlan",
     "__version__",
     "combine",
     "find_anatomy",
@@ -105,6 +113,7 @@ __all__ = [
     "initialize_from_gradients",
     "leave_one_out",
     "prune",
+    "recommend",
     "record_gates",
     "register_gate",
     "register_method",

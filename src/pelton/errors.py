@@ -7,7 +7,8 @@ PeltonError
 ├── AdapterError       an adapter that cannot be saved, loaded, switched or merged
 ├── RecipeError        a recipe that cannot be read, or that asks for what does not exist
 ├── DataError          a data file, with its row and column
-└── TrainingError      a run that cannot start, go on or be resumed
+├── TrainingError      a run that cannot start, go on or be resumed
+└── StudyError         a study that cannot start or go on, or of which nothing came
 """
 
 from __future__ import annotations
@@ -46,6 +47,10 @@ class DataError(PeltonError, ValueError):
 
 class TrainingError(PeltonError, RuntimeError):
     """A run cannot start, go on or be resumed."""
+
+
+class StudyError(PeltonError, RuntimeError):
+    """A study cannot start or go on, or nothing came of it."""
 
 
 def nearest(name: object, known: Iterable[str]) -> str | None:

@@ -12,6 +12,7 @@ from pelton.cli import compress
 from pelton.cli.bench import bench
 from pelton.cli.data import data as data_commands
 from pelton.cli.drift import drift
+from pelton.cli.search import recommend, search
 from pelton.version import __version__
 
 app = typer.Typer(
@@ -173,6 +174,8 @@ app.command()(compress.combine)
 app.command()(compress.convert)
 app.command()(drift)
 app.command()(bench)
+app.command()(search)
+app.command()(recommend)
 app.add_typer(data_commands, name="data")
 
 

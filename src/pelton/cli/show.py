@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from pelton.anatomy import Anatomy, Block
     from pelton.compress.runs import Change
     from pelton.insight.drift import GateDrift
+    from pelton.search.final import Final
+    from pelton.search.recommend import Recommendation
+    from pelton.search.study import Study
     from pelton.training.folder import RunFolder
 
 # viridis from 0 to 1, as in the picture.
@@ -177,3 +180,47 @@ def _gate_cell(value: float) -> Text:
         return Text("–", style="dim")
     place = min(max(value, 0.0), 1.0) * (len(RAMP) - 1)
     return Text(f" {value:.2f} ", style=Style(color="black" if place > 3.0 else "white", bgcolor=RAMP[round(place)]))
+
+
+def study(found: Study, final: Final | None) -> None:
+    """Prints the best trials of a study, and beside them what fresh seeds give."""
+    from pelton.search.report import describe
+
+    console = Console()
+    best = found.best()
+    states: dict[str, int] = {}
+    for lineage in found.trials():
+        states[lineage.state] = states.get(lineage.state, 0) + 1
+    counts = ", ".join(f"{count} {state}" for state, count in states.items())
+    console.print(f"{'trials':<13}{counts}", highlight=False)
+    for place, lineage in enumerate(best):
+        name = "best" if len(best) == 1 else "front" if place == 0 else ""
+        console.print(f"{name:<13}{describe(found, lineage)}", highlight=False, soft_wrap=True)
+    if final is not None:
+        seeds = f"{len(final.seeds)} fresh seeds"
+        console.print(
+            f"{'validation':<13}{final.metric} {final.validation} with {seeds}; the best trial's {final.best:.4f} was "
+            "chosen for being high",
+            highlight=False,
+            soft_wrap=True,
+        )
+        if final.test is not None:
+            console.print(f"{'test':<13}{final.metric} {final.test} with {seeds}", highlight=False)
+        for seed, reason in final.failed.items():
+            console.print(Text(f"· seed {seed} failed: {reason}"), soft_wrap=True)
+    console.print(f"\n{'recipe':<13}{found.folder / 'best.yaml'}", highlight=False, soft_wrap=True)
+    console.print(f"{'study':<13}{found.folder}", highlight=False, soft_wrap=True)
+
+
+def recommendation(found: Recommendation) -> None:
+    """Prints the rule by which a recipe was chosen, and the rows behind it."""
+    console, grid = Console(), Table(box=None, padding=(0, 1))
+    for line in found.rule:
+        console.print(Text(f"· {line}"), soft_wrap=True)
+    grid.add_column("method", style="bold")
+    for name in ("score", "difference", "± error", "rate", "trainable"):
+        grid.add_column(name, justify="right")
+    for place, (method, row) in enumerate(found.rows.iterrows()):
+        behind = ("", "") if place == 0 else (f"{row['difference']:+.2f}", f"{row['error']:.2f}")
+        grid.add_row(str(method), f"{row['score']:.2f}", *behind, f"{row['rate']:g}", f"{int(row['trainable']):,}")
+    console.print(grid)

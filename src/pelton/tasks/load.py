@@ -89,6 +89,10 @@ class Loaded:
         assert self.stream is not None
         return next(self.stream.examples())
 
+    def without_test(self) -> Loaded:
+        """Returns the same without test rows."""
+        return replace(self, splits={name: rows for name, rows in self.splits.items() if not name.startswith("test")})
+
     @property
     def notes(self) -> list[str]:
         """What was changed or left out, in sentences."""

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,7 +49,13 @@ class Interrupted(KeyboardInterrupt):
         self.folder = folder
 
 
-def fit(recipe: Recipe, *, progress: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Run:
+class Stopped(Exception):  # noqa: N818 - nothing went wrong
+    """A run that is not worth going on with ends early, unjudged; a callback raises this in `on_train_end`."""
+
+
+def fit(
+    recipe: Recipe, *, progress: bool = False, callbacks: Sequence[TrainerCallback] = (), blind: bool = False
+) -> Run:
     """Trains a recipe in a new folder under `recipe.output`.
 
     Everything that can be wrong with the recipe, the data and the backbone is found before the folder is made.
@@ -57,13 +64,17 @@ def fit(recipe: Recipe, *, progress: bool = False, callbacks: Sequence[TrainerCa
         recipe: What to train.
         progress: Draws a bar on the terminal.
         callbacks: Of your own, beside Pelton's.
+        blind: Keeps test rows from the model: it is not judged on them, and no gates are recorded on them.
 
     Raises:
         PeltonError: see `RecipeError`, `DataError`, `SpecError` and `TrainingError`.
         Interrupted: Ctrl-C; the run can be resumed.
+        Stopped: a callback did.
     """
     with quiet():
         prepared = prepare(recipe)
+        if blind:
+            prepared = replace(prepared, data=prepared.data.without_test())
         initialize(prepared)
         folder = RunFolder.create(Path(recipe.output).expanduser(), recipe.name)
         folder.write_recipe(dump_recipe(prepared.recipe))
@@ -120,6 +131,9 @@ def _noting(folder: RunFolder) -> Iterator[None]:
         if folder.phase == "training":
             folder.set_phase("interrupted")
         raise Interrupted(folder.path) from error
+    except Stopped:
+        folder.set_phase("stopped")
+        raise
     except PeltonError:
         if folder.phase == "training":
             folder.set_phase("failed")

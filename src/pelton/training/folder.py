@@ -16,7 +16,7 @@ environment.json   versions
 checkpoints/       what `resume` starts from
 logs/              what TensorBoard shows
 features/          encoded training rows, where `task.memory_map` asks for a file
-state.json         the phase: training, interrupted, failed, trained, finished
+state.json         the phase: training, interrupted, stopped, failed, trained, finished
 
 In a distributed run only the main process makes and writes them.
 """
@@ -34,7 +34,7 @@ from pelton.errors import TrainingError
 if TYPE_CHECKING:
     from accelerate import PartialState
 
-Phase = Literal["training", "interrupted", "failed", "trained", "finished"]
+Phase = Literal["training", "interrupted", "stopped", "failed", "trained", "finished"]
 
 
 def is_main_process() -> bool:

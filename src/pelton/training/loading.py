@@ -77,7 +77,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
-    """Sets one `a.b.c=value`; sections that are absent or null are made, positions index lists."""
+    """Sets one `a.b.c=value`."""
     key, separator, text = override.partition("=")
     if not separator or not key.strip():
         raise RecipeError(f"An override looks like training.epochs=3, but got {override!r}.")
@@ -85,12 +85,24 @@ def _apply(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise RecipeError(f"The value of {override!r} is not YAML: {' '.join(str(error).split())}") from error
-    *sections, last = key.strip().split(".")
+    set_value(values, key.strip(), value, override)
+
+
+def set_value(values: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Sets one value of a recipe's values in place; sections that are absent or null are made.
+
+    Args:
+        values: A recipe's.
+        key: `a.b.c`, where a position indexes a list.
+        value: Any that YAML has.
+        source: What errors call what asked for it.
+    """
+    *sections, last = key.split(".")
     target: Any = values
     for section in sections:
-        target = _step(target, section, override)
+        target = _step(target, section, source)
     if isinstance(target, list):
-        target[_position(target, last, override)] = value
+        target[_position(target, last, source)] = value
     else:
         target[last] = value
 

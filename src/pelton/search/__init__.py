@@ -1,0 +1,1 @@
+"""Which configuration: studies over hyperparameters, and a recipe to start from."""
