@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pelton.errors import PeltonError
     from pelton.export.onnx import to_onnx
     from pelton.export.peft import from_peft, to_peft
-    from pelton.gates import FixedGate, FrozenGate, LinearGate, MLPGate, ScalarGate, register_gate
+    from pelton.gates import FixedGate, FrozenGate, GumbelGate, LinearGate, MLPGate, ScalarGate, register_gate
     from pelton.gates.recording import GateLog, record_gates
     from pelton.insight.drift import GateDrift, gate_drift
     from pelton.insight.latency import Stopwatch
@@ -53,7 +53,7 @@ _HOME = {
     "pelton.errors": ("PeltonError",),
     "pelton.export.onnx": ("to_onnx",),
     "pelton.export.peft": ("from_peft", "to_peft"),
-    "pelton.gates": ("FixedGate", "FrozenGate", "LinearGate", "MLPGate", "ScalarGate", "register_gate"),
+    "pelton.gates": ("FixedGate", "FrozenGate", "GumbelGate", "LinearGate", "MLPGate", "ScalarGate", "register_gate"),
     "pelton.gates.recording": ("GateLog", "record_gates"),
     "pelton.insight.drift": ("GateDrift", "gate_drift"),
     "pelton.insight.latency": ("Stopwatch",),
@@ -82,6 +82,7 @@ __all__ = [
     "FrozenGate",
     "GateDrift",
     "GateLog",
+    "GumbelGate",
     "LinearGate",
     "LoRA",
     "MLPGate",

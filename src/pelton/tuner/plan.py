@@ -13,8 +13,8 @@ from torch import nn
 
 from pelton.anatomy import Anatomy, Block
 from pelton.anatomy import Place as Site
-from pelton.errors import AdapterError, AnatomyError, SpecError
-from pelton.gates import Gate, Place
+from pelton.errors import AdapterError, AnatomyError, SpecError, unknown
+from pelton.gates import Gate, GumbelGate, Place
 from pelton.methods import DilatedAttention, DilatedPart, MethodSpec, Part, PrefixPart
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.products import together
@@ -97,6 +97,7 @@ def make_plan(config: PeltonConfig, anatomy: Anatomy) -> list[BlockPlan]:
     """
     _check_backbone(config, anatomy)
     _check_cuts(config, anatomy)
+    _check_candidates(config)
     plans = []
     for block in anatomy.blocks:
         here = (s for s in config.specs if s.layers is None or block.index in s.layers)
@@ -206,9 +207,10 @@ def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, .
             for i, (place, shape) in enumerate(zip(places, block.shapes(site) if places else (), strict=True)):
                 key = site.replace(".", "_") + (f"_{i}" if len(places) > 1 else "")
                 size = config.sizes.get(f"{block.index}.{spec.kind}.{key}")
+                _check_units(spec, gate, size)
                 part = parts[spec.kind][key] = (spec if size is None else spec.resized(size)).build(shape)
                 if isinstance(part, PrefixPart):
-                    _check_prefix(part, gate)
+                    _check_prefix(spec.kind, part, gate)
                 elif isinstance(part, DilatedPart):
                     continue  # the attention function finds it
                 elif isinstance(part, Part):
@@ -238,7 +240,32 @@ def _check_slice(part: Part, kind: str, site: str, place: Site, block: Block) ->
         )
 
 
-def _check_prefix(part: PrefixPart, gate: Gate) -> None:
+def _check_candidates(config: PeltonConfig) -> None:
+    """Refuses candidate sizes of methods that the adapter does not have."""
+    gate = config.gate_spec
+    for kind in gate.sizes if isinstance(gate, GumbelGate) else ():
+        if kind not in (spec.kind for spec in config.specs):
+            raise unknown("method of this adapter in GumbelGate.sizes", kind, [spec.kind for spec in config.specs])
+
+
+def _check_units(spec: MethodSpec, gate: Gate, cut: int | None) -> None:
+    """Refuses gate values for units that a method does not have, or that do not open or shut it one by one."""
+    if spec.kind not in gate.units:
+        return
+    if spec.size is None or not spec.gates_units:
+        raise SpecError(f"{spec.kind!r} has one size only: leave it out of the gate's sizes.")
+    start, stop = gate.units[spec.kind]
+    own = getattr(spec, spec.size) if cut is None else cut
+    if stop - start != own:
+        raise SpecError(
+            f"`the largest candidate is {spec.size}` must hold, but got sizes up to {stop - start} for {spec.kind!r} "
+            f"with {spec.size}={own}. Change one of them."
+        )
+
+
+def _check_prefix(kind: str, part: PrefixPart, gate: Gate) -> None:
+    if part.gating == "scale" and kind in gate.units:
+        raise SpecError("Prefix(gating='scale') takes one gate value. Use gating='mass', or leave it out of `sizes`.")
     if part.gating == "scale" and gate.granularity == "token":
         raise SpecError(
             "`gating='mass' or granularity != 'token'` must hold, but got gating='scale', granularity='token': one "
