@@ -45,14 +45,28 @@ def module(spec: GumbelGate, *kinds: str) -> GumbelGateModule:
 X = torch.zeros(4, 3, 8)
 
 
-def test_in_evaluation_the_likeliest_candidate_is_open_and_nothing_else() -> None:
+def test_in_evaluation_one_candidate_is_open() -> None:
     gate = module(GumbelGate(sizes={"lora": (1, 3)}), "lora", "ia3").eval()
-    assert not gate(X, None).any()  # nothing is chosen yet
     for number, expected in enumerate(([1, 0, 1, 0, 0], [1, 0, 1, 1, 1], [0, 1, 0, 0, 0]), start=1):
         with torch.no_grad():
             gate.logits.zero_()[number] = 9.0
         assert gate(X, None).flatten().tolist() == expected
     assert gate.units == {"lora": (2, 5)}
+
+
+def test_sizes_share_their_votes_and_the_median_wins() -> None:
+    """Each alone is less likely than nothing, together they are not; ones that are mostly larger are not small."""
+    gate = module(GumbelGate(sizes={"lora": (1, 2, 4)}, choose="method"), "lora", "ia3").eval()
+    for probabilities, size in (
+        ((0.40, 0.2, 0.2, 0.2), 2),
+        ((0.40, 0.3, 0.15, 0.15), 1),
+        ((0.40, 0.1, 0.1, 0.4), 4),
+        ((0.55, 0.1, 0.1, 0.25), 0),
+    ):
+        with torch.no_grad():
+            gate.logits[:4] = torch.tensor(probabilities).log()
+        assert gate.picks()[0] == (0, 1, 2, 4).index(size)
+        assert int(gate(X, None)[0, 0, 2:6].sum()) == size
 
 
 def test_shares_of_a_block_sum_to_one_and_units_are_nested() -> None:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pelton.insight.latency import Stopwatch
     from pelton.insight.monitor import DriftMonitor
     from pelton.methods import IA3, BitFit, Bottleneck, DilatedAttention, LoRA, Prefix, register_method
+    from pelton.search.architecture import derive
     from pelton.tuner import (
         Peft,
         PeltonConfig,
@@ -59,6 +60,7 @@ _HOME = {
     "pelton.insight.latency": ("Stopwatch",),
     "pelton.insight.monitor": ("DriftMonitor",),
     "pelton.methods": ("IA3", "BitFit", "Bottleneck", "DilatedAttention", "LoRA", "Prefix", "register_method"),
+    "pelton.search.architecture": ("derive",),
     "pelton.tuner": (
         "Peft",
         "PeltonConfig",
@@ -94,6 +96,7 @@ __all__ = [
     "Stopwatch",
     "__version__",
     "combine",
+    "derive",
     "find_anatomy",
     "fold",
     "folded_loss",

@@ -6,8 +6,9 @@ Candidates are "nothing" and every method at every size. Each has a logit a; in 
 
 (Jang et al. 2017, arXiv 1611.01144; Maddison et al. 2017, arXiv 1611.00712), drawn anew for every example, so that a
 batch tries as many architectures as it has rows. As τ falls, the shares become ones and zeros. In evaluation there is
-no noise and no share: the candidate with the highest logit is open, all others are shut, so what is evaluated is the
-architecture that the search would end with. Among equals the one that adds least wins.
+no noise and no share: one candidate is open, all others are shut, so what is evaluated is the architecture that the
+search would end with. It is the method (or nothing) whose sizes are likeliest together, at its median size: the largest
+one that is at least as likely to be reached as not.
 
 Sizes of one method are nested, as in slimmable networks (Yu et al. 2019, arXiv 1812.08928): the smaller one is made of
 the larger one's first units, and shares their weights. Unit u is open by the sum of the shares of all sizes above u:
@@ -97,11 +98,14 @@ class GumbelGate(GateSpec):
 class GumbelGateModule(Gate):
     """A logit for every candidate and every group's "nothing": G + the number of candidates.
 
-    `place` [G, C + 1] says which logit stands where, nothing first; `opens` [G · (C + 1), M + U] which values it opens.
+    `place` [G, C + 1] says which logit stands where, nothing first; `opens` [G · (C + 1), M + U] which values it opens;
+    `alike` and `larger` [G, C + 1, C + 1] which candidates are of one method, and which of them at least as large.
     """
 
     place: Tensor
     opens: Tensor
+    alike: Tensor
+    larger: Tensor
 
     def __init__(self, spec: GumbelGate, place: Place) -> None:
         """Makes the logits."""
@@ -119,14 +123,16 @@ class GumbelGateModule(Gate):
         where, opens = _tables(self.groups, self.methods, self.units)
         self.register_buffer("place", where, persistent=False)
         self.register_buffer("opens", opens, persistent=False)
+        alike, larger = _orders(self.groups, where.shape[1])
+        self.register_buffer("alike", alike, persistent=False)
+        self.register_buffer("larger", larger, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Returns gate values: in training [B, 1, M + U], drawn for each example; in evaluation [1, 1, M + U].
 
         The first M are how open a method is in all; behind them stand the values of units (see `Gate.units`).
         """
-        logits = self.table()
-        shares = self._drawn(logits.expand(x.shape[0], -1, -1)) if self.training else _one_hot(logits[None])
+        shares = self._drawn(self.table().expand(x.shape[0], -1, -1)) if self.training else self._picked()[None]
         return (shares.flatten(1) @ self.opens)[:, None]
 
     def table(self) -> Tensor:
@@ -138,6 +144,19 @@ class GumbelGateModule(Gate):
         """Returns how likely each candidate is to be chosen, [G, C + 1], nothing first; without noise, at τ = 1."""
         return self.table().softmax(dim=-1)
 
+    def picks(self) -> Tensor:
+        """Returns which candidate each group chooses now, [G]; 0 is nothing."""
+        return self._picked().argmax(dim=-1)
+
+    def _picked(self) -> Tensor:
+        """Returns 1 for the candidates that are chosen, [G, C + 1]."""
+        p = self.probabilities()[:, None]
+        total, reached = (p @ self.alike)[:, 0], (p @ self.larger)[:, 0]
+        first = total.argmax(dim=-1)[:, None, None].expand(-1, 1, total.shape[1])
+        method = self.alike.gather(1, first)[:, 0]
+        rank = torch.arange(1, total.shape[1] + 1, device=total.device) * method * (reached >= total / 2)
+        return _one_hot(rank)
+
     def _drawn(self, logits: Tensor) -> Tensor:
         """Returns shares of candidates under fresh noise, [B, G, C + 1]."""
         noise = -torch.empty_like(logits).exponential_().clamp_min(_TINY).log()
@@ -148,6 +167,18 @@ class GumbelGateModule(Gate):
 def _one_hot(scores: Tensor) -> Tensor:
     """Returns 1 at the first of the highest scores of the last dimension, 0 elsewhere."""
     return torch.zeros_like(scores).scatter(-1, scores.argmax(dim=-1, keepdim=True), 1.0)
+
+
+def _orders(groups: Sequence[Sequence[Candidate]], width: int) -> tuple[Tensor, Tensor]:
+    """Returns `alike` and `larger` of `GumbelGateModule`."""
+    alike, larger = torch.zeros(len(groups), width, width), torch.zeros(len(groups), width, width)
+    for row, group in enumerate(groups):
+        every: list[Candidate] = [Candidate("", None), *group]
+        for i, one in enumerate(every):
+            for j, other in enumerate(every):
+                alike[row, i, j] = one.kind == other.kind
+                larger[row, i, j] = one.kind == other.kind and (one.size or 0) >= (other.size or 0)
+    return alike, larger
 
 
 def _start(init: float, count: int) -> float:

@@ -107,6 +107,7 @@ def make_plan(config: PeltonConfig, anatomy: Anatomy) -> list[BlockPlan]:
                 _check_dilated(spec, block, anatomy.model_type)
         if any(m.kind not in config.pruned_from(block.index) for m in methods):
             plans.append(_plan_block(config, block, methods))
+    _check_sizes(config, plans)
     _share(config, anatomy, plans)
     return plans
 
@@ -238,6 +239,15 @@ def _check_slice(part: Part, kind: str, site: str, place: Site, block: Block) ->
             f"{kind!r} edits the input of its layer, but {site!r} of {block.name!r} is a slice of {place.path!r}, "
             "whose other slices read that input too. Name other sites."
         )
+
+
+def _check_sizes(config: PeltonConfig, plans: Sequence[BlockPlan]) -> None:
+    """Refuses sizes of parts that are not there."""
+    parts = ((plan.block.index, kind, key) for plan in plans for kind, some in plan.parts.items() for key in some)
+    known = {f"{index}.{kind}.{key}" for index, kind, key in parts}
+    for key in config.sizes:
+        if key not in known:
+            raise unknown("part in sizes", key, known)
 
 
 def _check_candidates(config: PeltonConfig) -> None:

@@ -1,0 +1,1 @@
+"""Which configuration: architectures by gradients, and what each of their parts costs."""
