@@ -112,7 +112,7 @@ def test_the_expected_cost_of_a_certain_choice_is_its_cost() -> None:
     with torch.no_grad():
         for gate in gates_of(model).values():
             gate.logits[gate.place.gather(1, gate.picks()[:, None])] = 1e4
-    probabilities = {block: gate.probabilities() for block, gate in gates_of(model).items()}
+    probabilities = {block: gate.probabilities().detach() for block, gate in gates_of(model).items()}
     parameters, latency = space.cost(found)
     assert parameters == found.parameters(ANATOMY)
     assert float(space.parameters(probabilities)) == pytest.approx(parameters)

@@ -101,15 +101,29 @@ def profile(
     anatomy, machine = find_anatomy(model), machine_of(model)
     place = table_path(machine) if path is None else path
     table = load_table(place, machine, anatomy) if place.is_file() else LatencyTable(machine, anatomy.blocks)
-    if probes is None:
-        probes = [spec for spec in default_probes() if _fits(spec, model)]
-    for rows, tokens in shapes:
-        missing = [spec for spec in probes if again or table.measured(spec, rows, tokens) is None]
-        if missing:
-            tell(f"{len(missing)} measurements at {rows} × {tokens} tokens")
-            table = table.added(_measure(model, anatomy, missing, (rows, tokens), rounds, timer or _stopwatch))
-            table.save(place)
+    with _frozen(model):
+        if probes is None:
+            probes = [spec for spec in default_probes() if _fits(spec, model)]
+        for rows, tokens in shapes:
+            missing = [spec for spec in probes if again or table.measured(spec, rows, tokens) is None]
+            if missing:
+                tell(f"{len(missing)} measurements at {rows} × {tokens} tokens")
+                table = table.added(_measure(model, anatomy, missing, (rows, tokens), rounds, timer or _stopwatch))
+                table.save(place)
     return table
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Lets no weight of the backbone learn for a while: what is attached to copies over them freezes them anyway."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    for parameter, _ in before:
+        parameter.requires_grad = False
+    try:
+        yield
+    finally:
+        for parameter, requires_grad in before:
+            parameter.requires_grad = requires_grad
 
 
 def _measure(
