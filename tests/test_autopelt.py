@@ -15,9 +15,10 @@ from law import attached, far
 from pelton import IA3, Bottleneck, FixedGate, GumbelGate, LoRA, Prefix, derive, revive
 from pelton.anatomy import find_anatomy
 from pelton.cli.main import run as command
+from pelton.compress.importance import leave_one_out, taylor
 from pelton.errors import AdapterError, PeltonError, RecipeError, SpecError, TrainingError, UnknownName
 from pelton.search.architecture import Architecture, chosen
-from pelton.search.autopelt import SearchSettings, resume_search, search
+from pelton.search.autopelt import SearchSettings, resume_search, search, searched_recipe
 from pelton.search.choose import by_importance, fits, random_architecture, uniform, within
 from pelton.search.latency_table import Entry, LatencyTable, plain_spec
 from pelton.search.learning import HeldOut, gates_of
@@ -366,6 +367,36 @@ def test_the_picture_shades_by_size(tmp_path: Path) -> None:
 
 def test_an_architecture_without_methods_trains_the_head() -> None:
     assert Architecture(METHODS, {}).settings(ANATOMY) == {"preset": "head"}
+
+
+def test_settings_of_what_is_gone_go_along(make: Make) -> None:
+    rates = {"lora": 1e-3, "ia3": 1e-2}
+    recipe = make(SEARCHED, method_learning_rates=rates, up_rate_ratio=4.0, gate_temperature_end=0.1, max_steps=1)
+    for blocks, left, ratio in (
+        ({0: {"lora": 2}}, {"lora": 1e-3}, 4.0),
+        ({0: {"ia3": None}}, {"ia3": 1e-2}, 1.0),
+        ({}, {}, 1.0),
+    ):
+        found = searched_recipe(recipe, Architecture((LoRA(rank=2), IA3()), blocks), ANATOMY)
+        assert found.training.method_learning_rates == left
+        assert found.training.up_rate_ratio == ratio
+        fit(found)
+
+
+def test_units_count_for_their_method_in_importance() -> None:
+    """Where nothing but LoRA is chosen, nothing else matters; taking it out is what closing it is."""
+    arch, model = ARCHS["bert"], supernet()
+    with torch.no_grad():
+        for gate in gates_of(model).values():
+            gate.logits.fill_(-9.0)
+            gate.logits[gate.place[:, 0]] = 0.0
+            gate.logits[gate.place[0, 2]] = 9.0
+    labels = {"labels": torch.tensor([0, 1, 0])}
+    found = taylor(model, [arch.inputs() | labels])
+    assert all(row["lora"] > 0 and row["ia3"] == row["prefix"] == row["bottleneck"] == 0 for row in found.values())
+    out = output(arch, model)
+    without = leave_one_out(model, lambda: float((output(arch, model) - out).abs().sum()))
+    assert all(row["lora"] < 0 and row["ia3"] == row["prefix"] == 0 for row in without.values())
 
 
 def test_the_command_searches(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

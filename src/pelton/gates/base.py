@@ -47,6 +47,11 @@ class Gate(nn.Module):
         self.granularity = granularity
         self.units = {}
 
+    def span(self, kind: str) -> tuple[int, int]:
+        """Returns from where to where the values stand that a method's parts are given."""
+        number = self.methods.index(kind)
+        return self.units.get(kind, (number, number + 1))
+
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Returns gate values, float32.
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pelton.anatomy import find_anatomy
+from pelton.anatomy import Anatomy, find_anatomy
 from pelton.errors import RecipeError, TrainingError, unknown
 from pelton.gates import GumbelGate
 from pelton.methods import MethodSpec
@@ -34,9 +34,19 @@ from pelton.training.fit import fit, resume
 from pelton.training.folder import SEARCH, count_processes
 from pelton.training.loading import dump_recipe, parse_recipe
 from pelton.training.losses import make_loss
-from pelton.training.recipe import AdapterSettings, Recipe
+from pelton.training.recipe import AdapterSettings, Recipe, TrainingSettings
 from pelton.training.run import Run
 from pelton.tuner.plan import fitting_methods
+
+OF_GATES = (
+    "gate_learning_rate",
+    "gate_warmup_steps",
+    "gate_temperature_end",
+    "penalty",
+    "contribution_window",
+    "pruning",
+)
+"""Settings of a training that only gates which learn, or more methods than are left, can have."""
 
 DERIVED = "derived"
 """Where a search's run keeps the adapter that it ends with, weights included."""
@@ -292,10 +302,7 @@ def _finish(run: Run, recipe: Recipe, price: Price, learning: ArchitectureLearni
     likely = price.expected({block: gate.probabilities() for block, gate in gates.items()})
     expected = {name: float(value.detach()) for name, value in likely.items()}
     (parameters, latency), (most, slowest) = space.cost(architecture), space.cost(space.full)
-    adapter = AdapterSettings(**architecture.settings(space.anatomy))
-    found = recipe.model_copy(
-        update={"name": f"{recipe.name}-searched", "adapter": adapter, "training": _plain(recipe)}
-    )
+    found = searched_recipe(recipe, architecture, space.anatomy)
     metrics: dict[str, float] = {}
     if any(architecture.blocks.values()):
         derive(run.model, architecture)
@@ -322,16 +329,21 @@ def _judged(run: Run) -> dict[str, float]:
     return run.evaluate(data.splits["validation"]) if "validation" in data.splits else {}
 
 
-def _plain(recipe: Recipe) -> Any:
-    """Returns the training settings without what only gates that learn can have."""
-    return recipe.training.model_copy(
-        update={
-            "gate_learning_rate": None,
-            "gate_warmup_steps": 0,
-            "gate_temperature_end": None,
-            "penalty": type(recipe.training.penalty)(),
-            "contribution_window": None,
-            "pruning": None,
-            "method_learning_rates": {},
-        }
+def searched_recipe(recipe: Recipe, architecture: Architecture, anatomy: Anatomy) -> Recipe:
+    """Returns the recipe that trains an architecture as another recipe trains its methods.
+
+    Settings of what is gone go along: those of gates that learn, and of methods that no block keeps.
+    """
+    assert recipe.adapter is not None
+    before = recipe.adapter
+    adapter = AdapterSettings(
+        **architecture.settings(anatomy), init=before.init, modules_to_save=before.modules_to_save
     )
+    kept = {kind for choice in architecture.blocks.values() for kind in choice}
+    training, plain = recipe.training, TrainingSettings()
+    gone = {key: getattr(plain, key) for key in OF_GATES}
+    gone["method_learning_rates"] = {k: v for k, v in training.method_learning_rates.items() if k in kept}
+    if not any(spec.up for spec in architecture.methods if spec.kind in kept):
+        gone["up_rate_ratio"] = plain.up_rate_ratio
+    changes = {"name": f"{recipe.name}-searched", "adapter": adapter, "training": training.model_copy(update=gone)}
+    return recipe.model_copy(update=changes)
