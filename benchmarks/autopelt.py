@@ -42,8 +42,9 @@ from pelton.compress.importance import taylor  # noqa: E402
 from pelton.compress.runs import training_batches  # noqa: E402
 from pelton.insight.latency import Stopwatch  # noqa: E402
 from pelton.search.architecture import Architecture  # noqa: E402
-from pelton.search.autopelt import SearchSettings, prepare_search, search  # noqa: E402
+from pelton.search.autopelt import search  # noqa: E402
 from pelton.search.choose import by_importance, random_architecture, uniform  # noqa: E402
+from pelton.search.supernet import SearchSettings, prepare_search  # noqa: E402
 from pelton.tasks.load import load_task  # noqa: E402
 from pelton.training.fit import fit  # noqa: E402
 from pelton.training.loading import parse_recipe  # noqa: E402
@@ -118,17 +119,17 @@ class Study:
             passes = 2 if self.options.bilevel else 1
             return {"runs": passes, "parameters": found.parameters, "blocks": found.architecture.to_dict()["blocks"]}
         _, price = prepare_search(full, self.settings)
-        space, limits = price.space, price.limits
+        choices, limits = price.choices, price.limits
         if way == "searched":
             blocks = {int(b): choice for b, choice in self.done()["search"]["blocks"].items()}
-            architecture = Architecture(space.methods, blocks)
+            architecture = Architecture(choices.methods, blocks)
         elif way == "uniform":
-            architecture = uniform(space, limits)
+            architecture = uniform(choices, limits)
         elif way == "taylor":
-            architecture = by_importance(space, self.done()["full"]["importance"], limits)
+            architecture = by_importance(choices, self.done()["full"]["importance"], limits)
         else:
-            architecture = random_architecture(space, limits, seed=100 * self.seed + int(way[-1]))
-        return self._train(full, architecture, space.anatomy, measured=way == "searched")
+            architecture = random_architecture(choices, limits, seed=100 * self.seed + int(way[-1]))
+        return self._train(full, architecture, choices.anatomy, measured=way == "searched")
 
     def _train_full(self, full: Recipe) -> dict[str, Any]:
         run = fit(full)
@@ -158,7 +159,7 @@ def latency(model: Any, architecture: Architecture, full: Recipe) -> dict[str, f
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     (ratio,) = Stopwatch([batch], rounds=21, clock=clock)([model], plain_twin(model))
     return {
-        "expected_latency": price.space.cost(architecture)[1],
+        "expected_latency": price.choices.cost(architecture)[1],
         "latency": ratio.ratio,
         "latency_spread": ratio.spread,
     }

@@ -44,9 +44,10 @@ from pelton import IA3, BitFit, Bottleneck, DilatedAttention, FixedGate, LoRA, P
 from pelton.anatomy import find_anatomy  # noqa: E402
 from pelton.methods import MethodSpec  # noqa: E402
 from pelton.search.architecture import Architecture, chosen  # noqa: E402
-from pelton.search.autopelt import SearchSettings, choosing_gate  # noqa: E402
+from pelton.search.costs import Choices  # noqa: E402
 from pelton.search.learning import ArchitectureLearning  # noqa: E402
-from pelton.search.price import Price, Space  # noqa: E402
+from pelton.search.price import Price  # noqa: E402
+from pelton.search.supernet import SearchSettings, choosing_gate  # noqa: E402
 from pelton.training.gate_callbacks import TemperatureAnnealing  # noqa: E402
 from pelton.training.optimizer import make_optimizer, parameter_groups  # noqa: E402
 from pelton.training.recipe import TrainingSettings  # noqa: E402
@@ -154,7 +155,7 @@ def search(task: str, seed: int, settings: Settings, dilated: bool = False) -> d
     methods = [*CANDIDATES, *([DilatedAttention(segment=TOKENS, dilation=2)] if dilated or task == "dilated" else [])]
     gate = choosing_gate(methods, SearchSettings(choose=settings.choose, straight_through=settings.straight_through))
     model = get_peft_model(backbone(seed), PeltonConfig(methods=methods, gate=gate))
-    price = Price(Space.of(methods, gate, find_anatomy(backbone(seed))), beta=settings.beta)
+    price = Price(Choices.of(methods, gate, find_anatomy(backbone(seed))), beta=settings.beta)
     loss = train(
         Student(model, unit),
         [{"input_ids": i, "labels": t} for i, t in zip(ids, target, strict=True)],

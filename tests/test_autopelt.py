@@ -18,12 +18,14 @@ from pelton.cli.main import run as command
 from pelton.compress.importance import leave_one_out, taylor
 from pelton.errors import AdapterError, PeltonError, RecipeError, SpecError, TrainingError, UnknownName
 from pelton.search.architecture import Architecture, chosen
-from pelton.search.autopelt import SearchSettings, resume_search, search, searched_recipe
+from pelton.search.autopelt import resume_search, search, searched_recipe
 from pelton.search.choose import by_importance, fits, random_architecture, uniform, within
+from pelton.search.costs import Choices
 from pelton.search.latency_table import Entry, LatencyTable, plain_spec
 from pelton.search.learning import HeldOut, gates_of
 from pelton.search.picture import draw_architecture, label, shade
-from pelton.search.price import ETA, Budget, Price, Space
+from pelton.search.price import ETA, Budget, Price
+from pelton.search.supernet import SearchSettings
 from pelton.training.fit import Interrupted, fit, resume
 from pelton.training.loading import load_recipe
 from pelton.tuner import gated_blocks
@@ -107,28 +109,28 @@ def test_nothing_and_other_gates_cannot_be_derived() -> None:
 
 
 def test_the_expected_cost_of_a_certain_choice_is_its_cost() -> None:
-    space = Space.of(METHODS, GATE, ANATOMY, table(lora=0.02, prefix=0.03))
+    choices = Choices.of(METHODS, GATE, ANATOMY, table(lora=0.02, prefix=0.03))
     model = supernet()
     found = chosen(model)
     with torch.no_grad():
         for gate in gates_of(model).values():
             gate.logits[gate.place.gather(1, gate.picks()[:, None])] = 1e4
     probabilities = {block: gate.probabilities().detach() for block, gate in gates_of(model).items()}
-    parameters, latency = space.cost(found)
+    parameters, latency = choices.cost(found)
     assert parameters == found.parameters(ANATOMY)
-    assert float(space.parameters(probabilities)) == pytest.approx(parameters)
-    assert float(space.latency(probabilities)) == pytest.approx(latency)
+    assert float(choices.parameters(probabilities)) == pytest.approx(parameters)
+    assert float(choices.latency(probabilities)) == pytest.approx(latency)
     times = table(lora=0.02, prefix=0.03)
     assert latency == pytest.approx(times.ratio([found.specs(block) for block in (0, 1)], 1, 32), abs=1e-6)
 
 
 def test_full_and_range() -> None:
-    space = Space.of(METHODS, GATE, ANATOMY, table())
-    assert space.full.blocks == {b: {"lora": 4, "bottleneck": 6, "prefix": 5, "ia3": None} for b in (0, 1)}
-    low, high = space.range["parameters"]
-    assert (low, high) == (32 + 32 + 48, space.full.parameters(ANATOMY))
-    assert space.range["latency"][1] > space.range["latency"][0] > 1
-    one = Space.of(METHODS, GumbelGate(sizes=SIZES), ANATOMY)
+    choices = Choices.of(METHODS, GATE, ANATOMY, table())
+    assert choices.full.blocks == {b: {"lora": 4, "bottleneck": 6, "prefix": 5, "ia3": None} for b in (0, 1)}
+    low, high = choices.range["parameters"]
+    assert (low, high) == (32 + 32 + 48, choices.full.parameters(ANATOMY))
+    assert choices.range["latency"][1] > choices.range["latency"][0] > 1
+    one = Choices.of(METHODS, GumbelGate(sizes=SIZES), ANATOMY)
     assert all(len(choice) == 1 for choice in one.full.blocks.values())
     assert one.cost(one.full)[1] == 1.0  # without a table nothing takes time
 
@@ -160,12 +162,12 @@ BUDGETS: list[tuple[dict[str, float], str]] = [
 @pytest.mark.parametrize(("given", "message"), BUDGETS)
 def test_budgets_that_mean_nothing_are_refused_with_the_range(given: dict[str, float], message: str) -> None:
     with pytest.raises(SpecError, match=message):
-        Price(Space.of(METHODS, GATE, ANATOMY, table()), **given)
+        Price(Choices.of(METHODS, GATE, ANATOMY, table()), **given)
 
 
 def test_times_without_a_table_are_refused() -> None:
     with pytest.raises(SpecError, match="alpha and budget_latency have a latency table"):
-        Price(Space.of(METHODS, GATE, ANATOMY), alpha=1.0)
+        Price(Choices.of(METHODS, GATE, ANATOMY), alpha=1.0)
 
 
 # ---- choosing ----------------------------------------------------------------------------------------------------
@@ -173,37 +175,37 @@ def test_times_without_a_table_are_refused() -> None:
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9, 1.0])
 def test_every_way_to_choose_keeps_the_budget(share: float) -> None:
-    space = Space.of(METHODS, GATE, ANATOMY, table())
+    choices = Choices.of(METHODS, GATE, ANATOMY, table())
     limits = {
-        "parameters": share * space.range["parameters"][1],
-        "latency": 1 + share * (space.range["latency"][1] - 1),
+        "parameters": share * choices.range["parameters"][1],
+        "latency": 1 + share * (choices.range["latency"][1] - 1),
     }
     model = supernet()
     matters = {str(block): {"lora": 3.0 + block, "bottleneck": 2.0, "prefix": 1.0, "ia3": 0.5} for block in (0, 1)}
     found = [
-        within(space, gates_of(model), limits),
-        uniform(space, limits),
-        random_architecture(space, limits, seed=1),
-        by_importance(space, matters, limits),
+        within(choices, gates_of(model), limits),
+        uniform(choices, limits),
+        random_architecture(choices, limits, seed=1),
+        by_importance(choices, matters, limits),
     ]
-    assert all(fits(space, one, limits) for one in found)
+    assert all(fits(choices, one, limits) for one in found)
     assert found[1].blocks[0] == found[1].blocks[1]
-    assert random_architecture(space, limits, seed=1) == found[2]
+    assert random_architecture(choices, limits, seed=1) == found[2]
     if share == 1.0:
         assert found[0] == chosen(model)
-        assert found[1] == found[3] == space.full
+        assert found[1] == found[3] == choices.full
 
 
 def test_what_is_likeliest_goes_last() -> None:
-    space = Space.of(METHODS, GATE, ANATOMY)
+    choices = Choices.of(METHODS, GATE, ANATOMY)
     gates = gates_of(supernet())
     with torch.no_grad():
         for gate in gates.values():
             gate.logits.fill_(0.0)
             gate.logits[gate.place[:, 1]] = 2.0  # everything at its smallest, a little
         gates[1].logits[gates[1].place[0, 3]] = 20.0  # LoRA at its largest in block 1 for sure
-    limit = space.cost(Architecture(METHODS, {1: {"lora": 4}}))[0]
-    assert within(space, gates, {"parameters": limit}).blocks == {1: {"lora": 4}}
+    limit = choices.cost(Architecture(METHODS, {1: {"lora": 4}}))[0]
+    assert within(choices, gates, {"parameters": limit}).blocks == {1: {"lora": 4}}
 
 
 # ---- the search itself -------------------------------------------------------------------------------------------

@@ -72,7 +72,8 @@ def autopelt(
     """Search which of a recipe's methods each block should keep; writes a recipe for `pelton fit`."""
     if (recipe is None) == (resume is None):
         raise typer.BadParameter("give either a recipe or --resume RUN")
-    from pelton.search.autopelt import SearchSettings, resume_search, search
+    from pelton.search.autopelt import resume_search, search
+    from pelton.search.supernet import SearchSettings
     from pelton.training.fit import Interrupted
     from pelton.training.loading import load_recipe
 

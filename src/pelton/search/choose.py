@@ -16,7 +16,7 @@ from torch import Tensor
 from pelton.errors import SpecError
 from pelton.gates.gumbel import GumbelGateModule
 from pelton.search.architecture import Architecture
-from pelton.search.price import BlockCosts, Space
+from pelton.search.costs import BlockCosts, Choices
 
 Picks = dict[tuple[int, int], int]
 """The number of the candidate that a group chose, 0 for nothing, by block and group."""
@@ -26,13 +26,13 @@ CLOSE = 0.9
 """The share of a budget that a random architecture uses at least, where some that was drawn does."""
 
 
-def within(space: Space, gates: Mapping[int, GumbelGateModule], limits: Mapping[str, float]) -> Architecture:
+def within(choices: Choices, gates: Mapping[int, GumbelGateModule], limits: Mapping[str, float]) -> Architecture:
     """Returns what gates choose, made to fit budgets: the likeliest such architecture, nearly.
 
     The step down that loses least log-probability for what it saves is taken, until the budgets hold.
 
     Args:
-        space: The candidates and their costs.
+        choices: The candidates and their costs.
         gates: By block.
         limits: The most "parameters" and "latency".
 
@@ -41,30 +41,30 @@ def within(space: Space, gates: Mapping[int, GumbelGateModule], limits: Mapping[
     """
     logs = {block: gate.probabilities().detach().cpu().log() for block, gate in gates.items()}
     picks = {(block, row): number for block, gate in gates.items() for row, number in enumerate(gate.picks().tolist())}
-    while (over := _most_over(space, picks, limits)) is not None:
-        steps = list(_steps_down(space, logs, picks, over))
+    while (over := _most_over(choices, picks, limits)) is not None:
+        steps = list(_steps_down(choices, logs, picks, over))
         if not steps:
             raise SpecError(
                 f"No architecture has {over} within {limits[over]:g}. See the range: pelton autopelt --help."
             )
         _, group, number = min(steps)
         picks[group] = number
-    return architecture_of(space, picks)
+    return architecture_of(choices, picks)
 
 
-def _most_over(space: Space, picks: Picks, limits: Mapping[str, float]) -> str | None:
+def _most_over(choices: Choices, picks: Picks, limits: Mapping[str, float]) -> str | None:
     """Returns the cost that is furthest above its limit, as a share; None where all hold."""
-    costs = dict(zip(("parameters", "latency"), space.cost(architecture_of(space, picks)), strict=True))
+    costs = dict(zip(("parameters", "latency"), choices.cost(architecture_of(choices, picks)), strict=True))
     over = {name: costs[name] / limit for name, limit in limits.items() if costs[name] > limit}
     return max(over, key=lambda name: over[name]) if over else None
 
 
 def _steps_down(
-    space: Space, logs: Mapping[int, Tensor], picks: Picks, what: str
+    choices: Choices, logs: Mapping[int, Tensor], picks: Picks, what: str
 ) -> Iterator[tuple[float, tuple[int, int], int]]:
     """Yields loss of log-probability per cost that is saved, with the group and the cheaper candidate."""
     for (block, row), now in picks.items():
-        costs, row_logs = space.blocks[block], logs[block][row]
+        costs, row_logs = choices.blocks[block], logs[block][row]
         price = getattr(costs, what)[row]
         extra = costs.overhead if what == "latency" else 0.0
         for number in range(len(costs.groups[row]) + 1):
@@ -73,17 +73,17 @@ def _steps_down(
                 yield float(row_logs[now] - row_logs[number]) / saved, (block, row), number
 
 
-def architecture_of(space: Space, picks: Picks) -> Architecture:
+def architecture_of(choices: Choices, picks: Picks) -> Architecture:
     """Returns the architecture of what every group picked."""
     blocks: dict[int, dict[str, int | None]] = {}
     for (block, row), number in picks.items():
         if number:
-            kind, size = space.blocks[block].groups[row][number - 1]
+            kind, size = choices.blocks[block].groups[row][number - 1]
             blocks.setdefault(block, {})[kind] = size
-    return Architecture(space.methods, blocks)
+    return Architecture(choices.methods, blocks)
 
 
-def uniform(space: Space, limits: Mapping[str, float]) -> Architecture:
+def uniform(choices: Choices, limits: Mapping[str, float]) -> Architecture:
     """Returns the largest architecture within budgets whose blocks all have the same.
 
     Among those of like size the one with more methods.
@@ -91,15 +91,15 @@ def uniform(space: Space, limits: Mapping[str, float]) -> Architecture:
     Raises:
         SpecError: the blocks have different candidates, or nothing that is the same everywhere fits.
     """
-    first, *others = (costs.groups for costs in space.blocks.values())
+    first, *others = (costs.groups for costs in choices.blocks.values())
     if any(groups != first for groups in others):
         raise SpecError("Uniform allocation needs the same candidates in every block: leave `layers` out.")
     best: tuple[float, int, Architecture] | None = None
     for numbers in itertools.product(*(range(len(group) + 1) for group in first)):
-        picks = {(block, row): number for block in space.blocks for row, number in enumerate(numbers)}
-        found = architecture_of(space, picks)
-        if any(numbers) and fits(space, found, limits):
-            rank = (space.cost(found)[0], sum(map(bool, numbers)))
+        picks = {(block, row): number for block in choices.blocks for row, number in enumerate(numbers)}
+        found = architecture_of(choices, picks)
+        if any(numbers) and fits(choices, found, limits):
+            rank = (choices.cost(found)[0], sum(map(bool, numbers)))
             if best is None or rank > best[:2]:
                 best = (*rank, found)
     if best is None:
@@ -107,7 +107,7 @@ def uniform(space: Space, limits: Mapping[str, float]) -> Architecture:
     return best[2]
 
 
-def random_architecture(space: Space, limits: Mapping[str, float], seed: int) -> Architecture:
+def random_architecture(choices: Choices, limits: Mapping[str, float], seed: int) -> Architecture:
     """Returns a random architecture within budgets, and close to the first of them where one is drawn.
 
     Raises:
@@ -116,10 +116,12 @@ def random_architecture(space: Space, limits: Mapping[str, float], seed: int) ->
     draw, best = random.Random(seed), None
     for _ in range(TRIES):
         keep = draw.random()  # how full, so that tight and loose budgets are both reached
-        found = architecture_of(space, {group: _draw(draw, costs, group[1], keep) for group, costs in _groups(space)})
-        if not any(found.blocks.values()) or not fits(space, found, limits):
+        found = architecture_of(
+            choices, {group: _draw(draw, costs, group[1], keep) for group, costs in _groups(choices)}
+        )
+        if not any(found.blocks.values()) or not fits(choices, found, limits):
             continue
-        used = space.cost(found)[0] / limits["parameters"] if "parameters" in limits else 1.0
+        used = choices.cost(found)[0] / limits["parameters"] if "parameters" in limits else 1.0
         if best is None or used > best[0]:
             best = (used, found)
         if used >= CLOSE:
@@ -129,8 +131,8 @@ def random_architecture(space: Space, limits: Mapping[str, float], seed: int) ->
     return best[1]
 
 
-def _groups(space: Space) -> Iterator[tuple[tuple[int, int], BlockCosts]]:
-    for block, costs in space.blocks.items():
+def _groups(choices: Choices) -> Iterator[tuple[tuple[int, int], BlockCosts]]:
+    for block, costs in choices.blocks.items():
         for row in range(len(costs.groups)):
             yield (block, row), costs
 
@@ -140,31 +142,31 @@ def _draw(draw: random.Random, costs: BlockCosts, row: int, keep: float) -> int:
 
 
 def by_importance(
-    space: Space, importance: Mapping[str, Mapping[str, float]], limits: Mapping[str, float]
+    choices: Choices, importance: Mapping[str, Mapping[str, float]], limits: Mapping[str, float]
 ) -> Architecture:
     """Returns the methods that matter most for their parameters, at their largest size, within budgets.
 
     Args:
-        space: The candidates and their costs.
+        choices: The candidates and their costs.
         importance: A number by block number and kind, as `pelton.taylor` gives.
         limits: The most "parameters" and "latency".
     """
-    whole, blocks = space.full, dict[int, dict[str, int | None]]()
+    whole, blocks = choices.full, dict[int, dict[str, int | None]]()
     worth = []
     for block, choice in whole.blocks.items():
         for kind, size in choice.items():
-            cost, _ = space.cost(Architecture(space.methods, {block: {kind: size}}))
+            cost, _ = choices.cost(Architecture(choices.methods, {block: {kind: size}}))
             worth.append((importance[str(block)][kind] / max(1, cost), block, kind, size))
     for _, block, kind, size in sorted(worth, key=lambda one: one[:3], reverse=True):
         more = {**blocks, block: {**blocks.get(block, {}), kind: size}}
-        if fits(space, Architecture(space.methods, more), limits):
+        if fits(choices, Architecture(choices.methods, more), limits):
             blocks = more
-    return Architecture(space.methods, blocks)
+    return Architecture(choices.methods, blocks)
 
 
-def fits(space: Space, architecture: Architecture, limits: Mapping[str, float]) -> bool:
+def fits(choices: Choices, architecture: Architecture, limits: Mapping[str, float]) -> bool:
     """Tells whether an architecture is within budgets."""
-    costs = dict(zip(("parameters", "latency"), space.cost(architecture), strict=True))
+    costs = dict(zip(("parameters", "latency"), choices.cost(architecture), strict=True))
     return all(costs[name] <= limit for name, limit in limits.items())
 
 

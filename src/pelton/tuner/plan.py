@@ -13,11 +13,12 @@ from torch import nn
 
 from pelton.anatomy import Anatomy, Block
 from pelton.anatomy import Place as Site
-from pelton.errors import AdapterError, AnatomyError, SpecError, unknown
-from pelton.gates import Gate, GumbelGate, Place
+from pelton.errors import AdapterError, AnatomyError, SpecError
+from pelton.gates import Gate, Place
 from pelton.methods import DilatedAttention, DilatedPart, MethodSpec, Part, PrefixPart
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.products import together
+from pelton.tuner.refused import check_candidates, check_dilated, check_prefix, check_sizes, check_units
 
 Edits = Literal["input", "output"]
 EDITS: tuple[Edits, ...] = ("input", "output")
@@ -97,17 +98,18 @@ def make_plan(config: PeltonConfig, anatomy: Anatomy) -> list[BlockPlan]:
     """
     _check_backbone(config, anatomy)
     _check_cuts(config, anatomy)
-    _check_candidates(config)
+    check_candidates(config)
     plans = []
     for block in anatomy.blocks:
         here = (s for s in config.specs if s.layers is None or block.index in s.layers)
         methods = tuple(s for s in here if any(site in block.sites for site in s.sites))
         for spec in methods:
             if isinstance(spec, DilatedAttention):
-                _check_dilated(spec, block, anatomy.model_type)
+                check_dilated(spec, block, anatomy.model_type)
         if any(m.kind not in config.pruned_from(block.index) for m in methods):
             plans.append(_plan_block(config, block, methods))
-    _check_sizes(config, plans)
+    parts = ((plan.block.index, kind, key) for plan in plans for kind, some in plan.parts.items() for key in some)
+    check_sizes(config, {f"{index}.{kind}.{key}" for index, kind, key in parts})
     _share(config, anatomy, plans)
     return plans
 
@@ -208,10 +210,10 @@ def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, .
             for i, (place, shape) in enumerate(zip(places, block.shapes(site) if places else (), strict=True)):
                 key = site.replace(".", "_") + (f"_{i}" if len(places) > 1 else "")
                 size = config.sizes.get(f"{block.index}.{spec.kind}.{key}")
-                _check_units(spec, gate, size)
+                check_units(spec, gate, size)
                 part = parts[spec.kind][key] = (spec if size is None else spec.resized(size)).build(shape)
                 if isinstance(part, PrefixPart):
-                    _check_prefix(spec.kind, part, gate)
+                    check_prefix(spec.kind, part, gate)
                 elif isinstance(part, DilatedPart):
                     continue  # the attention function finds it
                 elif isinstance(part, Part):
@@ -238,59 +240,4 @@ def _check_slice(part: Part, kind: str, site: str, place: Site, block: Block) ->
         raise AnatomyError(
             f"{kind!r} edits the input of its layer, but {site!r} of {block.name!r} is a slice of {place.path!r}, "
             "whose other slices read that input too. Name other sites."
-        )
-
-
-def _check_sizes(config: PeltonConfig, plans: Sequence[BlockPlan]) -> None:
-    """Refuses sizes of parts that are not there."""
-    parts = ((plan.block.index, kind, key) for plan in plans for kind, some in plan.parts.items() for key in some)
-    known = {f"{index}.{kind}.{key}" for index, kind, key in parts}
-    for key in config.sizes:
-        if key not in known:
-            raise unknown("part in sizes", key, known)
-
-
-def _check_candidates(config: PeltonConfig) -> None:
-    """Refuses candidate sizes of methods that the adapter does not have."""
-    gate = config.gate_spec
-    for kind in gate.sizes if isinstance(gate, GumbelGate) else ():
-        if kind not in (spec.kind for spec in config.specs):
-            raise unknown("method of this adapter in GumbelGate.sizes", kind, [spec.kind for spec in config.specs])
-
-
-def _check_units(spec: MethodSpec, gate: Gate, cut: int | None) -> None:
-    """Refuses gate values for units that a method does not have, or that do not open or shut it one by one."""
-    if spec.kind not in gate.units:
-        return
-    if spec.size is None or not spec.gates_units:
-        raise SpecError(f"{spec.kind!r} has one size only: leave it out of the gate's sizes.")
-    start, stop = gate.units[spec.kind]
-    own = getattr(spec, spec.size) if cut is None else cut
-    if stop - start != own:
-        raise SpecError(
-            f"`the largest candidate is {spec.size}` must hold, but got sizes up to {stop - start} for {spec.kind!r} "
-            f"with {spec.size}={own}. Change one of them."
-        )
-
-
-def _check_prefix(kind: str, part: PrefixPart, gate: Gate) -> None:
-    if part.gating == "scale" and kind in gate.units:
-        raise SpecError("Prefix(gating='scale') takes one gate value. Use gating='mass', or leave it out of `sizes`.")
-    if part.gating == "scale" and gate.granularity == "token":
-        raise SpecError(
-            "`gating='mass' or granularity != 'token'` must hold, but got gating='scale', granularity='token': one "
-            "scaled key cannot differ from query to query. Use Prefix(gating='mass')."
-        )
-
-
-def _check_dilated(spec: DilatedAttention, block: Block, model_type: str) -> None:
-    if block.windowed:
-        raise AnatomyError(
-            f"Attention of {model_type!r} runs in windows, inside which there is nothing to dilate: 'dilated' cannot "
-            f"go to {block.name!r}. Leave it out."
-        )
-    if spec.space == "grid" and block.grid is None:
-        raise AnatomyError(
-            f"The grid of patches in {block.name!r} of {model_type!r} cannot be told: its config needs image_size and "
-            "patch_size, and its tokens must be all patches of one image. Use space='sequence', or name other layers."
         )
