@@ -70,7 +70,12 @@ SHAPE = (8, 64)
 def recipe(options: argparse.Namespace, task: str, seed: int, folder: str) -> Recipe:
     """The full gated model; what is trained in its place has the same rows, head, steps and rates."""
     place = str(Path(options.data).expanduser() / task)
-    rows = {"examples": ROWS[task], "validation_examples": HELD_BACK, "train": "train", "validation": "train"}
+    rows = {
+        "examples": options.rows or ROWS[task],
+        "validation_examples": HELD_BACK,
+        "train": "train",
+        "validation": "train",
+    }
     values = {
         "name": f"{task}-{seed}",
         "backbone": MINILM,
@@ -200,6 +205,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--rows", type=int, help="training examples of every task, for a trial")
     parser.add_argument("--bilevel", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--report", action="store_true", help="print what is finished, and stop")
