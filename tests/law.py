@@ -24,6 +24,7 @@ from pelton import (
     Bottleneck,
     DilatedAttention,
     FixedGate,
+    GumbelGate,
     LinearGate,
     LoRA,
     MLPGate,
@@ -74,6 +75,7 @@ GATES: dict[str, GateSpec] = {
     "mlp": MLPGate(hidden_size=8, init_std=0.5),
     "mlp-sigmoid": MLPGate(hidden_size=8, activation="sigmoid", temperature=0.5, init_std=0.5),
     "linear": LinearGate(),
+    "gumbel": GumbelGate(choose="method"),
     "scalar": ScalarGate(init=0.3),
     "fixed": FixedGate(0.4),
 }

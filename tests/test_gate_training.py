@@ -205,7 +205,7 @@ def test_a_resumed_run_has_the_same_temperatures(make: Make, step: int) -> None:
 def test_gates_without_what_is_scheduled(make: Make) -> None:
     with pytest.raises(RecipeError, match=r"training.penalty schedules the gate's penalties, but it has none"):
         fit(make(penalty={"schedule": "linear_up"}))
-    with pytest.raises(RecipeError, match=r"needs a gate with a temperature \(mlp\), but the gate is 'linear'"):
+    with pytest.raises(RecipeError, match=r"needs a gate with a temperature \(mlp, gumbel\), but the gate is 'linear'"):
         fit(make({**GATED, "gate": "linear"}, gate_temperature_end=0.5))
     with pytest.raises(RecipeError, match=r"training.penalty is for an adapter, and adapter is null"):
         make(None, penalty={"warmup_steps": 3})

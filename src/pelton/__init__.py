@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from pelton.errors import PeltonError
     from pelton.export.onnx import to_onnx
     from pelton.export.peft import from_peft, to_peft
-    from pelton.gates import FixedGate, FrozenGate, LinearGate, MLPGate, ScalarGate, register_gate
+    from pelton.gates import FixedGate, FrozenGate, GumbelGate, LinearGate, MLPGate, ScalarGate, register_gate
     from pelton.gates.recording import GateLog, record_gates
     from pelton.insight.drift import GateDrift, gate_drift
     from pelton.insight.latency import Stopwatch
     from pelton.insight.monitor import DriftMonitor
     from pelton.methods import IA3, BitFit, Bottleneck, DilatedAttention, LoRA, Prefix, register_method
+    from pelton.search.architecture import derive
     from pelton.search.plan import StudyPlan
     from pelton.search.recommend import recommend
     from pelton.search.study import Study
@@ -56,12 +57,13 @@ _HOME = {
     "pelton.errors": ("PeltonError",),
     "pelton.export.onnx": ("to_onnx",),
     "pelton.export.peft": ("from_peft", "to_peft"),
-    "pelton.gates": ("FixedGate", "FrozenGate", "LinearGate", "MLPGate", "ScalarGate", "register_gate"),
+    "pelton.gates": ("FixedGate", "FrozenGate", "GumbelGate", "LinearGate", "MLPGate", "ScalarGate", "register_gate"),
     "pelton.gates.recording": ("GateLog", "record_gates"),
     "pelton.insight.drift": ("GateDrift", "gate_drift"),
     "pelton.insight.latency": ("Stopwatch",),
     "pelton.insight.monitor": ("DriftMonitor",),
     "pelton.methods": ("IA3", "BitFit", "Bottleneck", "DilatedAttention", "LoRA", "Prefix", "register_method"),
+    "pelton.search.architecture": ("derive",),
     "pelton.search.plan": ("StudyPlan",),
     "pelton.search.recommend": ("recommend",),
     "pelton.search.study": ("Study",),
@@ -88,6 +90,7 @@ __all__ = [
     "FrozenGate",
     "GateDrift",
     "GateLog",
+    "GumbelGate",
     "LinearGate",
     "LoRA",
     "MLPGate",
@@ -101,6 +104,7 @@ __all__ = [
     "StudyPlan",
     "__version__",
     "combine",
+    "derive",
     "find_anatomy",
     "fold",
     "folded_loss",

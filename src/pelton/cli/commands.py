@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pelton.cli import compress
+from pelton.cli.autopelt import autopelt, profile
 from pelton.cli.bench import bench
 from pelton.cli.data import data as data_commands
 from pelton.cli.drift import drift
@@ -176,6 +177,8 @@ app.command()(drift)
 app.command()(bench)
 app.command()(search)
 app.command()(recommend)
+app.command()(profile)
+app.command()(autopelt)
 app.add_typer(data_commands, name="data")
 
 

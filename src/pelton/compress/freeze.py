@@ -72,6 +72,8 @@ def _choose(
     model: nn.Module, tuner: PeltonModel, name: str, batches: Batches | None, statistic: Statistic
 ) -> BlockValues:
     blocks = [block for block in tuner.blocks() if name in block.wirings]
+    if any(gate_of(block, name).units for block in blocks):
+        raise AdapterError("These gates choose the sizes of methods. Take what they chose first: pelton.derive(model).")
     static = [gate for block in blocks if isinstance(gate := gate_of(block, name), StaticGate)]
     if len(static) == len(blocks):
         both = zip(blocks, static, strict=True)

@@ -51,8 +51,8 @@ def taylor(model: nn.Module, batches: Batches, *, adapter: str | None = None) ->
             gradients = torch.autograd.grad(loss, [leaf for _, leaf in seen], allow_unused=True)
             for (block, leaf), gradient in zip(seen, gradients, strict=True):
                 if gradient is not None:
-                    change = (leaf.detach() * gradient).sum(dim=1).abs().sum(dim=0)  # [M]; the loss is a mean over rows
-                    sums[id(block)] += rows * change[list(block.wirings[name].numbers)].double().cpu()
+                    change = (leaf.detach() * gradient).sum(dim=1)  # [B or 1, M]; the loss is a mean over rows
+                    sums[id(block)] += rows * _by_method(change, block, name).abs().sum(dim=0).double().cpu()
             examples += rows
     if not examples:
         raise AdapterError("No data: taylor needs at least one batch with labels.")
@@ -73,8 +73,8 @@ def leave_one_out(model: nn.Module, score: Callable[[], float], *, adapter: str 
     whole, found = score(), {}
     for block in [block for block in tuner.blocks() if name in block.wirings]:
         row = {}
-        for spec, number in zip(block.wirings[name].methods, block.wirings[name].numbers, strict=True):
-            with _closed(block, name, number):
+        for spec in block.wirings[name].methods:
+            with _closed(block, name, spec.kind):
                 row[spec.kind] = whole - score()
         found[str(block.block.index)] = row
     return found
@@ -83,6 +83,12 @@ def leave_one_out(model: nn.Module, score: Callable[[], float], *, adapter: str 
 def _require_active(active: list[str], name: str) -> None:
     if name not in active:
         raise AdapterError(f"Adapter {name!r} is not active, so it has no effect. Call set_adapter({name!r}).")
+
+
+def _by_method(values: Tensor, block: GatedBlock, name: str) -> Tensor:
+    """Sums values of a gate [B, …] over the units of each method that has them, [B, M]."""
+    spans = [gate_of(block, name).span(spec.kind) for spec in block.wirings[name].methods]
+    return torch.stack([values[:, start:stop].sum(dim=1) for start, stop in spans], dim=1)
 
 
 def _by_kind(block: GatedBlock, name: str, values: Tensor) -> dict[str, float]:
@@ -112,11 +118,13 @@ def _leaves(blocks: list[GatedBlock], name: str) -> Iterator[dict[int, list[Tens
 
 
 @contextmanager
-def _closed(block: GatedBlock, name: str, number: int) -> Iterator[None]:
-    """Closes one gate for a while; the others stay as they are."""
+def _closed(block: GatedBlock, name: str, kind: str) -> Iterator[None]:
+    """Closes one method's gate for a while; the others stay as they are."""
+    start, stop = gate_of(block, name).span(kind)
 
     def hook(gate: nn.Module, args: Any, values: Tensor) -> Tensor:
-        return torch.where(torch.arange(values.shape[-1], device=values.device) == number, 0.0, values)
+        places = torch.arange(values.shape[-1], device=values.device)
+        return torch.where((places >= start) & (places < stop), 0.0, values)
 
     handle = gate_of(block, name).register_forward_hook(hook)
     try:

@@ -31,15 +31,26 @@ class Place:
 
 
 class Gate(nn.Module):
-    """The gate of one block: one value for each method, example or token."""
+    """The gate of one block: one value for each method, example or token.
+
+    A gate that chooses sizes gives more than that: behind the values of the methods stand those of single units, and
+    `units` says from where to where for each method that has them.
+    """
 
     granularity: Granularity
+    units: dict[str, tuple[int, int]]
 
     def __init__(self, methods: Sequence[str], granularity: Granularity) -> None:
         """Keeps the kinds of the methods, in the order of the values, and the granularity."""
         super().__init__()
         self.methods = tuple(methods)
         self.granularity = granularity
+        self.units = {}
+
+    def span(self, kind: str) -> tuple[int, int]:
+        """Returns from where to where the values stand that a method's parts are given."""
+        number = self.methods.index(kind)
+        return self.units.get(kind, (number, number + 1))
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Returns gate values, float32.

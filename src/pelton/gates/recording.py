@@ -173,5 +173,11 @@ def _around(model: nn.Module, names: list[str]) -> list[nn.Module]:
 
 def _note(listener: Listener, calls: _Calls, name: str, gate: Gate, args: tuple[Any, ...], values: Tensor) -> None:
     if torch._C._current_graph_task_id() == -1:  # not inside a backward pass
-        listener.add(name, calls.count[name], gate, values, args[1])
+        listener.add(name, calls.count[name], gate, _of_methods(gate, values), args[1])
         calls.count[name] += 1
+
+
+def _of_methods(gate: Gate, values: Tensor) -> Tensor:
+    """Returns the values of the methods, without those of units; a static gate that draws is told by its mean."""
+    values = values[..., : len(gate.methods)]
+    return values.mean(dim=0, keepdim=True) if gate.granularity == "static" else values

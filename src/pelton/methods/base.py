@@ -138,6 +138,8 @@ class MethodSpec(Spec):
 
     size: ClassVar[str | None] = None
     """The field that says how many units a part has (a rank, a width, a length), where a part may have fewer."""
+    gates_units: ClassVar[bool] = False
+    """Whether parts take a gate value for each unit, [B, T, units], as well as one for all; shut units add nothing."""
 
     def resized(self, size: int) -> Self:
         """Returns the spec of a part with fewer units; what multiplies their sum stays.

@@ -52,6 +52,7 @@ class Bottleneck(MethodSpec):
     allowed: ClassVar[tuple[str, ...]] = ("attn.out", "ffn.out")
     up: ClassVar[str | None] = "up"
     size: ClassVar[str | None] = "bottleneck_size"
+    gates_units: ClassVar[bool] = True
 
     bottleneck_size: int = 48
     activation: str = "relu"

@@ -38,6 +38,7 @@ class LoRA(MethodSpec):
     foldable: ClassVar[bool] = True
     up: ClassVar[str | None] = "B"
     size: ClassVar[str | None] = "rank"
+    gates_units: ClassVar[bool] = True
 
     rank: int = 8
     alpha: float = 16

@@ -45,6 +45,7 @@ class Prefix(MethodSpec):
     kind: ClassVar[str] = "prefix"
     allowed: ClassVar[tuple[str, ...]] = ("attn",)
     size: ClassVar[str | None] = "prefix_length"
+    gates_units: ClassVar[bool] = True
 
     prefix_length: int = 10
     parametrisation: Literal["kv", "mlp", "token"] = "kv"

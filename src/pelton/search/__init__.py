@@ -1,1 +1,1 @@
-"""Which configuration: studies over hyperparameters, and a recipe to start from."""
+"""Which configuration: architectures by gradients, studies over hyperparameters, and a recipe to start from."""

@@ -121,6 +121,11 @@ def load_trained(task: Task[Any], folder: Path, attention: str | None = None) ->
     return task.model_class.from_pretrained(folder, dtype=torch.float32, **options)
 
 
+def load_plain(backbone: str) -> PreTrainedModel:
+    """Loads the pretrained part alone, in float32 and evaluation mode."""
+    return _load(AutoModel, backbone, dtype=torch.float32).eval()
+
+
 def load_skeleton(backbone: str) -> PreTrainedModel:
     """Builds a model from its config alone, without memory for weights."""
     config = new_config(backbone, {}) if is_new(backbone) else _load(AutoConfig, backbone)
@@ -164,7 +169,8 @@ def adapter_config(settings: AdapterSettings) -> PeltonConfig | None:
     else:
         config = _preset(settings.preset or "default")
     gate = config.gate if settings.gate is None else settings.gate
-    return PeltonConfig(methods=config.methods, gate=gate, modules_to_save=settings.modules_to_save)
+    kept = settings.modules_to_save
+    return PeltonConfig(methods=config.methods, gate=gate, modules_to_save=kept, sizes=dict(settings.sizes))
 
 
 def settled(config: PeltonConfig | None, settings: AdapterSettings | None, backbone: Any) -> PeltonConfig | None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 
 from pelton.errors import RecipeError, nearest
-from pelton.gates.mlp import MLPGate
+from pelton.gates import Tempered
 from pelton.gates.penalties import wanted
 from pelton.tasks.load import Loaded
 from pelton.training.losses import REGIONS, class_count, require_loss
@@ -57,9 +57,10 @@ def require_adapter(recipe: Recipe, config: PeltonConfig | None) -> None:
     if not any(spec.up for spec in config.specs):
         _require_unused(settings, ("up_rate_ratio",), f"{', '.join(kinds)} learn no product with a factor at zero")
     gate = config.gate_spec
-    if settings.gate_temperature_end is not None and not isinstance(gate, MLPGate):
+    if settings.gate_temperature_end is not None and not isinstance(gate, Tempered):
         raise RecipeError(
-            f"training.gate_temperature_end needs a gate with a temperature (mlp), but the gate is {gate.kind!r}."
+            f"training.gate_temperature_end needs a gate with a temperature (mlp, gumbel), but the gate is "
+            f"{gate.kind!r}."
         )
     if settings.penalty != PenaltySettings() and not wanted(gate):
         raise RecipeError(

@@ -25,7 +25,7 @@ from pelton.training.backbone import quiet
 from pelton.training.callbacks import History, ProgressBar, StopBetweenSteps, StopOnNaN
 from pelton.training.contributions import Contributions
 from pelton.training.features import training_features
-from pelton.training.folder import RunFolder, is_main_process, wait_for_main_process
+from pelton.training.folder import SEARCH, RunFolder, is_main_process, wait_for_main_process
 from pelton.training.gate_callbacks import gate_callbacks
 from pelton.training.loading import dump_recipe, load_recipe
 from pelton.training.prepare import Prepared, environment, initialize, prepare
@@ -92,6 +92,8 @@ def resume(path: Path | str, *, progress: bool = False, callbacks: Sequence[Trai
         Interrupted: Ctrl-C again.
     """
     folder = RunFolder.open(Path(path))
+    if (folder.path / SEARCH).is_file() and not callbacks:
+        raise TrainingError(f"{path} is a search. Go on with: pelton autopelt --resume {path}")
     if folder.phase == "finished":
         raise TrainingError(f"{path} is finished: there is nothing to resume. Start a new run with pelton fit RECIPE.")
     with quiet():

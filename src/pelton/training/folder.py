@@ -10,6 +10,7 @@ history.jsonl      one line per logged step or evaluation
 gates.parquet      gate values on some examples
 gates.json         their means: one row per block
 contributions.json gate value × gradient norm by block and method, where training.contribution_window asks for it
+search.json        how a search searches, where the run is one; architecture.* and derived/ are what it found
 changes.json       what passes did to the adapter after training, with the scores before and after
 pictures.png       test images and what the run makes of them, where `pelton pictures` was asked
 environment.json   versions
@@ -33,6 +34,9 @@ from pelton.errors import TrainingError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+SEARCH = "search.json"
+"""What a run that is a search has, which goes on by itself and not as a plain training."""
 
 Phase = Literal["training", "interrupted", "stopped", "failed", "trained", "finished"]
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from pelton.gates.mlp import MLPGate
+from pelton.gates import Tempered
 from pelton.training.optimizer import gate_parameters
 from pelton.training.recipe import TrainingSettings
 from pelton.training.sections import PenaltySettings
@@ -98,6 +98,6 @@ def gate_callbacks(settings: TrainingSettings, model: nn.Module) -> list[Trainer
         callbacks.append(PenaltySchedule(settings.penalty))
     if settings.gate_temperature_end is not None:
         tuner = tuners(model)[0]
-        start = cast(MLPGate, tuner.peft_config[tuner.active_adapters[0]].gate_spec).temperature
+        start = cast(Tempered, tuner.peft_config[tuner.active_adapters[0]].gate_spec).temperature
         callbacks.append(TemperatureAnnealing(start, settings.gate_temperature_end))
     return callbacks

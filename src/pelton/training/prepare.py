@@ -12,6 +12,9 @@ from typing import Any
 
 import torch
 import transformers
+from peft import set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from pelton.errors import RecipeError
 from pelton.tasks.base import Task
@@ -32,6 +35,7 @@ from pelton.training.pruning import require_prunable
 from pelton.training.recipe import Recipe, TrainingSettings
 from pelton.training.scratch import is_new, new_backbone
 from pelton.training.unfrozen import unfreeze
+from pelton.tuner.config import WEIGHTS
 from pelton.tuner.controls import tuners
 from pelton.tuner.initialize import initialize_from_gradients
 from pelton.version import __version__
@@ -90,11 +94,25 @@ def _backbone(recipe: Recipe, data: Loaded) -> tuple[Any, list[str], Any]:
 
 
 def initialize(prepared: Prepared) -> None:
-    """Turns the factors of a new adapter along the loss's gradients, where the recipe asks for it."""
+    """Gives a new adapter saved weights, or turns its factors along the loss's gradients, as the recipe asks for it."""
     settings = prepared.recipe.adapter
-    if settings is not None and settings.init == "gradient" and tuners(prepared.model):
+    if settings is not None and settings.start is not None:
+        _start_from(prepared.model, Path(settings.start).expanduser())
+    elif settings is not None and settings.init == "gradient" and tuners(prepared.model):
         batches = _batches(prepared.data, prepared.processor, prepared.recipe.training.eval_batch_size)
         initialize_from_gradients(prepared.model, batches)
+
+
+def _start_from(model: Any, folder: Path) -> None:
+    """Copies the weights of a saved adapter, its head included; all must be there and fit."""
+    weights = folder / WEIGHTS
+    if not weights.is_file():
+        raise RecipeError(f"adapter.start: {folder} holds no {WEIGHTS}. Name the folder of a saved adapter.")
+    try:
+        tensors = load_file(weights)
+    except SafetensorError as error:
+        raise RecipeError(f"adapter.start: {weights} is no whole safetensors file: {error}.") from error
+    set_peft_model_state_dict(model, tensors)
 
 
 def _batches(data: Loaded, processor: Any, size: int) -> Iterator[Mapping[str, Any]]:
@@ -138,4 +156,8 @@ def _resolve(recipe: Recipe, task: Task[Any]) -> Recipe:
     data = Path(str(task.settings.data)).expanduser()
     found = {"data": str(data.resolve())} if data.exists() else {}
     backbone = recipe.backbone if recipe.backbone.startswith("pkg:") else locate(recipe.backbone)
-    return recipe.model_copy(update={"task": task.settings.model_copy(update=found), "backbone": backbone})
+    changes = {"task": task.settings.model_copy(update=found), "backbone": backbone}
+    if recipe.adapter is not None and recipe.adapter.start is not None:
+        start = str(Path(recipe.adapter.start).expanduser().resolve())
+        changes["adapter"] = recipe.adapter.model_copy(update={"start": start})
+    return recipe.model_copy(update=changes)

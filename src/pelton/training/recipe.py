@@ -34,6 +34,9 @@ class AdapterSettings(Section):
         methods: A list of `{kind: …}`, instead of a preset.
         gate: A `{kind: …}`; takes the place of the preset's own gate.
         modules_to_save: Modules trained in full beside the adapter; the task's head when not given.
+        sizes: How many units single parts have, by block, method and place (`{"0.lora.attn_v": 2}`), where they are to
+            be smaller than their method says.
+        start: The folder of a saved adapter of the same shape whose weights training begins with, instead of `init`.
         init: Where the first factors of LoRA and bottlenecks begin: along the `gradient` of the loss on training
             examples (`pelton.initialize_from_gradients`), or at `random`, as in PEFT.
     """
@@ -42,12 +45,16 @@ class AdapterSettings(Section):
     methods: list[Any] | None = None
     gate: Any = None
     modules_to_save: list[str] | None = None
+    sizes: dict[str, Count] = Field(default_factory=dict)
+    start: str | None = None
     init: Literal["gradient", "random"] = "gradient"
 
     @model_validator(mode="after")
     def _one_source_of_methods(self) -> Self:
         if self.preset is not None and self.methods is not None:
             raise ValueError("preset and methods exclude each other: set adapter.preset=null to list methods")
+        if self.preset == "head" and (self.sizes or self.start is not None):
+            raise ValueError("sizes and start are for methods, and preset head has none: leave them out")
         return self
 
 

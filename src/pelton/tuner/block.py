@@ -137,7 +137,7 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
                     continue
                 part = self.part(name, edit.kind, edit.key)
                 source = self._inputs[part.origin] if part.origin else x
-                gate = self._values[name][..., edit.number : edit.number + 1]
+                gate = self._opening(name, edit.kind, edit.number)
                 if rows is None:
                     z = self._product(name, edit, source)
                     y = _in_slice(part, y, source, self._fit(gate, y), edit, z)
@@ -190,8 +190,13 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
         for number, spec in zip(wiring.numbers, wiring.methods, strict=True):
             for part in cast(nn.ModuleDict, parts[spec.kind]).values():
                 if isinstance(part, form) and spec.kind not in self.off:
-                    found.append((part, self._fit(self._values[name][..., number : number + 1], batch)))
+                    found.append((part, self._fit(self._opening(name, spec.kind, number), batch)))
         return found
+
+    def _opening(self, name: str, kind: str, number: int) -> Tensor:
+        """Returns a method's gate values: [B or 1, T or 1, 1], or one for each of its units."""
+        start, stop = gate_of(self, name).units.get(kind, (number, number + 1))
+        return self._values[name][..., start:stop]
 
     def _fit(self, gate: Tensor, y: Tensor) -> Tensor:
         """Repeats the gate values of each example for its windows, where attention runs in windows."""

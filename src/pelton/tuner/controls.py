@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from pelton.errors import AdapterError, unknown
-from pelton.gates.mlp import MLPGate, MLPGateModule
+from pelton.gates import Tempered, TemperedModule
 from pelton.gates.static import FixedGateModule
 from pelton.registry import require
 from pelton.tuner.block import GatedBlock
@@ -78,16 +78,16 @@ def set_temperature(model: nn.Module, temperature: float) -> None:
         (tuner, name)
         for tuner in tuners(model)
         for name in tuner.active_adapters
-        if isinstance(tuner.peft_config[name].gate_spec, MLPGate)
+        if isinstance(tuner.peft_config[name].gate_spec, Tempered)
     ]
     if not found:
-        raise AdapterError("No gate of this model has a temperature. Use MLPGate(temperature=…).")
+        raise AdapterError("No gate of this model has a temperature. Use MLPGate(temperature=…) or GumbelGate.")
     for tuner, name in found:
         config = tuner.peft_config[name]
         config.gate = dataclasses.replace(config.gate_spec, temperature=temperature)
         for block in tuner.blocks():
             gate = block.gates[name] if name in block.wirings else None
-            if isinstance(gate, MLPGateModule):
+            if isinstance(gate, TemperedModule):
                 gate.temperature = temperature
 
 

@@ -18,6 +18,7 @@ from pelton.gates import Gate, Place
 from pelton.methods import DilatedAttention, DilatedPart, MethodSpec, Part, PrefixPart
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.products import together
+from pelton.tuner.refused import check_candidates, check_dilated, check_prefix, check_sizes, check_units
 
 Edits = Literal["input", "output"]
 EDITS: tuple[Edits, ...] = ("input", "output")
@@ -97,15 +98,18 @@ def make_plan(config: PeltonConfig, anatomy: Anatomy) -> list[BlockPlan]:
     """
     _check_backbone(config, anatomy)
     _check_cuts(config, anatomy)
+    check_candidates(config)
     plans = []
     for block in anatomy.blocks:
         here = (s for s in config.specs if s.layers is None or block.index in s.layers)
         methods = tuple(s for s in here if any(site in block.sites for site in s.sites))
         for spec in methods:
             if isinstance(spec, DilatedAttention):
-                _check_dilated(spec, block, anatomy.model_type)
+                check_dilated(spec, block, anatomy.model_type)
         if any(m.kind not in config.pruned_from(block.index) for m in methods):
             plans.append(_plan_block(config, block, methods))
+    parts = ((plan.block.index, kind, key) for plan in plans for kind, some in plan.parts.items() for key in some)
+    check_sizes(config, {f"{index}.{kind}.{key}" for index, kind, key in parts})
     _share(config, anatomy, plans)
     return plans
 
@@ -206,9 +210,10 @@ def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, .
             for i, (place, shape) in enumerate(zip(places, block.shapes(site) if places else (), strict=True)):
                 key = site.replace(".", "_") + (f"_{i}" if len(places) > 1 else "")
                 size = config.sizes.get(f"{block.index}.{spec.kind}.{key}")
+                check_units(spec, gate, size)
                 part = parts[spec.kind][key] = (spec if size is None else spec.resized(size)).build(shape)
                 if isinstance(part, PrefixPart):
-                    _check_prefix(part, gate)
+                    check_prefix(spec.kind, part, gate)
                 elif isinstance(part, DilatedPart):
                     continue  # the attention function finds it
                 elif isinstance(part, Part):
@@ -235,25 +240,4 @@ def _check_slice(part: Part, kind: str, site: str, place: Site, block: Block) ->
         raise AnatomyError(
             f"{kind!r} edits the input of its layer, but {site!r} of {block.name!r} is a slice of {place.path!r}, "
             "whose other slices read that input too. Name other sites."
-        )
-
-
-def _check_prefix(part: PrefixPart, gate: Gate) -> None:
-    if part.gating == "scale" and gate.granularity == "token":
-        raise SpecError(
-            "`gating='mass' or granularity != 'token'` must hold, but got gating='scale', granularity='token': one "
-            "scaled key cannot differ from query to query. Use Prefix(gating='mass')."
-        )
-
-
-def _check_dilated(spec: DilatedAttention, block: Block, model_type: str) -> None:
-    if block.windowed:
-        raise AnatomyError(
-            f"Attention of {model_type!r} runs in windows, inside which there is nothing to dilate: 'dilated' cannot "
-            f"go to {block.name!r}. Leave it out."
-        )
-    if spec.space == "grid" and block.grid is None:
-        raise AnatomyError(
-            f"The grid of patches in {block.name!r} of {model_type!r} cannot be told: its config needs image_size and "
-            "patch_size, and its tokens must be all patches of one image. Use space='sequence', or name other layers."
         )

@@ -1,0 +1,228 @@
+"""Searched against uniform and random architectures at half the parameters, on small real tasks.
+
+For every task and seed it trains, with the same rows, head, steps and rates:
+
+full      all methods under the default gate, in every block
+search    the supernet; its gates choose within the budget (not scored: its result is `searched`)
+searched  what the search chose, from the start
+uniform   the same in every block, within the budget
+random    three random architectures within the budget; the best on held-back rows counts
+taylor    what matters most of `full` by first-order importance, within the budget
+
+`search` and `searched` together take two runs (three when --bilevel), random search takes three. The latency of the
+searched model is measured next to the plain backbone and compared with what the table expects.
+
+    python benchmarks/autopelt.py --data DIR [--tasks mrpc cola sst2 conll2003] [--seeds 3] [--steps 400] --out FILE
+
+Finished parts are in FILE, one JSON line each, and are not run again. `--report` prints the table of what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+warnings.filterwarnings("ignore", category=FutureWarning)
+
+import torch  # noqa: E402
+from transformers.utils import logging  # noqa: E402
+
+from pelton.bench.journal import Journal  # noqa: E402
+from pelton.bench.protocol import MINILM, TASKS  # noqa: E402
+from pelton.compress.importance import taylor  # noqa: E402
+from pelton.compress.runs import training_batches  # noqa: E402
+from pelton.insight.latency import Stopwatch  # noqa: E402
+from pelton.search.architecture import Architecture  # noqa: E402
+from pelton.search.autopelt import search  # noqa: E402
+from pelton.search.choose import by_importance, random_architecture, uniform  # noqa: E402
+from pelton.search.supernet import SearchSettings, prepare_search  # noqa: E402
+from pelton.tasks.load import load_task  # noqa: E402
+from pelton.training.fit import fit  # noqa: E402
+from pelton.training.loading import parse_recipe  # noqa: E402
+from pelton.training.recipe import AdapterSettings, Recipe  # noqa: E402
+from pelton.tuner.twin import plain_twin  # noqa: E402
+
+ROWS = {"mrpc": 3400, "cola": 2000, "sst2": 2000, "conll2003": 500}
+HELD_BACK = 200
+FULL: dict[str, Any] = {
+    "methods": [
+        {"kind": "lora", "rank": 8, "sites": ["attn.q", "attn.k", "attn.v", "attn.out", "ffn.in"]},
+        {"kind": "bottleneck", "bottleneck_size": 48},
+        {"kind": "prefix", "prefix_length": 10},
+        {"kind": "ia3"},
+    ],
+    "gate": {"kind": "mlp", "activation": "sigmoid", "init": 0.9},
+}
+RANDOM = ("random-0", "random-1", "random-2")
+WAYS = ("full", "search", "searched", "uniform", *RANDOM, "taylor")
+SHAPE = (8, 64)
+
+
+def recipe(options: argparse.Namespace, task: str, seed: int, folder: str) -> Recipe:
+    """The full gated model; what is trained in its place has the same rows, head, steps and rates."""
+    place = str(Path(options.data).expanduser() / task)
+    rows = {
+        "examples": options.rows or ROWS[task],
+        "validation_examples": HELD_BACK,
+        "train": "train",
+        "validation": "train",
+    }
+    values = {
+        "name": f"{task}-{seed}",
+        "backbone": MINILM,
+        "task": {**TASKS[task], **rows, "data": place},
+        "adapter": FULL,
+        "training": {
+            "max_steps": options.steps,
+            "evaluate_every": max(1, options.steps // 4),
+            "batch_size": 16,
+            "group_by_length": True,
+            "learning_rate": 1e-3,
+            "seed": seed,
+            "trackers": [],
+        },
+        "output": folder,
+    }
+    return parse_recipe(values, task)
+
+
+class Study:
+    """One task and seed: every way is trained once; what others need of it is read from the journal."""
+
+    def __init__(self, options: argparse.Namespace, journal: Journal, task: str, seed: int) -> None:
+        self.options, self.journal, self.task, self.seed = options, journal, task, seed
+        self.settings = SearchSettings(budget_parameters=options.budget, bilevel=options.bilevel, shape=SHAPE)
+
+    def done(self) -> dict[str, dict[str, Any]]:
+        mine = {"task": self.task, "seed": self.seed, "steps": self.options.steps, "budget": self.options.budget}
+        rows = [row for row in self.journal.records() if all(row.get(key) == value for key, value in mine.items())]
+        return {row["way"]: row for row in rows}
+
+    def run(self, way: str) -> None:
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            found = self._run(way, recipe(self.options, self.task, self.seed, folder))
+        row = {"task": self.task, "seed": self.seed, "way": way, "steps": self.options.steps}
+        row |= {"budget": self.options.budget, **found, "seconds": round(time.perf_counter() - started, 1)}
+        self.journal.append(row)
+        print(json.dumps({key: value for key, value in row.items() if key not in ("blocks", "importance")}), flush=True)
+
+    def _run(self, way: str, full: Recipe) -> dict[str, Any]:
+        if way == "full":
+            return self._train_full(full)
+        if way == "search":
+            found = search(full, self.settings)
+            passes = 2 if self.options.bilevel else 1
+            return {"runs": passes, "parameters": found.parameters, "blocks": found.architecture.to_dict()["blocks"]}
+        _, price = prepare_search(full, self.settings)
+        choices, limits = price.choices, price.limits
+        if way == "searched":
+            blocks = {int(b): choice for b, choice in self.done()["search"]["blocks"].items()}
+            architecture = Architecture(choices.methods, blocks)
+        elif way == "uniform":
+            architecture = uniform(choices, limits)
+        elif way == "taylor":
+            architecture = by_importance(choices, self.done()["full"]["importance"], limits)
+        else:
+            architecture = random_architecture(choices, limits, seed=100 * self.seed + int(way[-1]))
+        return self._train(full, architecture, choices.anatomy, measured=way == "searched")
+
+    def _train_full(self, full: Recipe) -> dict[str, Any]:
+        run = fit(full)
+        data = load_task(run.recipe.task, run.recipe.training.seed)
+        importance = taylor(run.model, training_batches(run, data, labelled=True))
+        size = sum(p.numel() for n, p in run.model.named_parameters() if ".pelton." in n)
+        return {"runs": 1, "parameters": size, "importance": importance, **scores(run)}
+
+    def _train(self, full: Recipe, architecture: Architecture, anatomy: Any, measured: bool) -> dict[str, Any]:
+        adapter = AdapterSettings(**architecture.settings(anatomy))
+        run = fit(full.model_copy(update={"adapter": adapter}))
+        blocks = architecture.to_dict()["blocks"]
+        found = {"runs": 1, "parameters": architecture.parameters(anatomy), "blocks": blocks, **scores(run)}
+        return found | (latency(run.model, architecture, full) if measured else {})
+
+
+def scores(run: Any) -> dict[str, float]:
+    metrics = run.folder.read("metrics")
+    return {"validation": metrics["validation"]["score"], "test": metrics["test"]["score"]}
+
+
+def latency(model: Any, architecture: Architecture, full: Recipe) -> dict[str, float]:
+    """The time of a model as a ratio to its plain backbone's: as the table expects, and measured."""
+    _, price = prepare_search(full, SearchSettings(alpha=1.0, shape=SHAPE))
+    ids = torch.randint(1000, 20000, SHAPE, generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    (ratio,) = Stopwatch([batch], rounds=21, clock=clock)([model], plain_twin(model))
+    return {
+        "expected_latency": price.choices.cost(architecture)[1],
+        "latency": ratio.ratio,
+        "latency_spread": ratio.spread,
+    }
+
+
+def report(journal: Journal) -> str:
+    """Scores on test rows, mean over seeds, where all ways are finished."""
+    lines = [
+        f"{'task':<11}{'seeds':>6}"
+        + "".join(f"{way:>10}" for way in ("full", "searched", "uniform", "random", "taylor"))
+    ]
+    rows = journal.records()
+    for task in dict.fromkeys(row["task"] for row in rows):
+        seeds = [cell for cell in _cells(rows, task) if set(cell) >= set(WAYS)]
+        if not seeds:
+            continue
+        for cell in seeds:
+            cell["random"] = max((cell[way] for way in RANDOM), key=lambda row: row["validation"])
+        means = [
+            statistics.mean(c[way]["test"] for c in seeds)
+            for way in ("full", "searched", "uniform", "random", "taylor")
+        ]
+        lines.append(f"{task:<11}{len(seeds):>6}" + "".join(f"{100 * mean:>10.1f}" for mean in means))
+        off = [c["searched"]["expected_latency"] / c["searched"]["latency"] - 1 for c in seeds]
+        lines.append(f"{'':<11}expected ÷ measured latency − 1: {', '.join(f'{x:+.1%}' for x in off)}")
+    return "\n".join(lines)
+
+
+def _cells(rows: list[dict[str, Any]], task: str) -> Iterator[dict[str, dict[str, Any]]]:
+    for seed in sorted({row["seed"] for row in rows if row["task"] == task}):
+        yield {row["way"]: row for row in rows if row["task"] == task and row["seed"] == seed}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", help="a folder with one folder a task")
+    parser.add_argument("--tasks", nargs="+", default=list(ROWS), choices=list(ROWS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--rows", type=int, help="training examples of every task, for a trial")
+    parser.add_argument("--bilevel", action="store_true")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--report", action="store_true", help="print what is finished, and stop")
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    journal = Journal(options.out)
+    if not options.report:
+        if options.data is None:
+            parser.error("--data DIR is needed to run")
+        for seed in range(options.seeds):
+            for task in options.tasks:
+                study = Study(options, journal, task, seed)
+                for way in WAYS:
+                    if way not in study.done():
+                        study.run(way)
+    print(report(journal))
+
+
+if __name__ == "__main__":
+    main()

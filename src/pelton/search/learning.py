@@ -1,0 +1,165 @@
+"""Learning which candidate to keep while their weights are learned: the callback that makes a training a search.
+
+It works with any transformers Trainer whose model has an adapter under a `GumbelGate`:
+
+    single-level   gates and weights learn from the same batches
+    bilevel        the weights learn from training batches, the gates from held-out ones (DARTS, Liu et al. 2018, arXiv
+                   1806.09055, section 2.3, its first-order form: the weights are taken as they are)
+
+Before every optimiser step the gates' gradients get those of the price (`price.py`); in the bilevel form, what they
+have from the training batch is replaced by the gradient on a held-out batch first. Both are then part of one step of
+the trainer's own optimiser, so that schedules, resuming and logging are the trainer's.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from pelton.errors import TrainingError
+from pelton.gates.gumbel import GumbelGateModule
+from pelton.search.architecture import choosing_gates
+from pelton.search.price import Price
+from pelton.tuner.controls import tuners
+
+FILE = "search.json"
+"""What a checkpoint holds beside the trainer's own: the multipliers and the trace."""
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+class HeldOut:
+    """Batches that only gates learn from; the step says which, so that a resumed run sees the same."""
+
+    def __init__(
+        self,
+        features: Sequence[Any],
+        collate: Callable[[list[Any]], Mapping[str, Any]],
+        batch_size: int,
+        seed: int,
+        criterion: Criterion | None = None,
+    ) -> None:
+        """Takes labelled features; `criterion` computes a loss of logits and labels, the model when not given.
+
+        Raises:
+            TrainingError: there are none.
+        """
+        if not len(features):
+            raise TrainingError(
+                "Bilevel search learns its gates on validation rows, and there are none. Raise "
+                "task.validation_fraction, or search without --bilevel."
+            )
+        self.features, self.collate, self.seed, self.criterion = features, collate, seed, criterion
+        self.size = min(batch_size, len(features))
+
+    def batch(self, step: int) -> Mapping[str, Any]:
+        """Returns the batch of a step; every epoch has its own order."""
+        each = len(self.features) // self.size
+        order = torch.randperm(
+            len(self.features), generator=torch.Generator().manual_seed(self.seed + step // each)
+        ).tolist()
+        start = step % each * self.size
+        return self.collate([self.features[row] for row in order[start : start + self.size]])
+
+    def loss(self, model: nn.Module, step: int) -> Tensor:
+        """Runs a model, in the mode that it is in, on the batch of a step."""
+        device = next(model.parameters()).device
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.batch(step).items()}
+        outputs = model(**batch)
+        if self.criterion is not None:
+            return self.criterion(outputs["logits"], batch["labels"])
+        if getattr(outputs, "loss", None) is None:
+            raise TrainingError("The model gives no loss on held-out rows: bilevel search needs labels there.")
+        return outputs.loss  # type: ignore[no-any-return]
+
+
+class ArchitectureLearning(TrainerCallback):  # type: ignore[misc]
+    """Adds the price to the gates' gradients, and takes them from held-out batches where there are any.
+
+    Attributes:
+        price: The costs, weights and budgets.
+        trace: Expected costs and multipliers at every logged step.
+    """
+
+    def __init__(self, price: Price, held_out: HeldOut | None = None, warmup: float = 0.1) -> None:
+        """Lets the gates wait for the first `warmup` share of the steps, in which only weights learn."""
+        self.price, self.held_out, self.warmup = price, held_out, warmup
+        self.trace: list[dict[str, float]] = []
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Goes on where a checkpoint was."""
+        path = _checkpoint(args, state) / FILE
+        if state.global_step and path.is_file():
+            values = json.loads(path.read_text(encoding="utf-8"))
+            self.trace = values["trace"]
+            for name, budget in self.price.budgets.items():
+                budget.multiplier = values["multipliers"][name]
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+    ) -> None:
+        """Makes the gates' gradients what the search asks for."""
+        gates = gates_of(model)
+        if state.global_step < math.ceil(self.warmup * state.max_steps):
+            for gate in gates.values():
+                gate.logits.grad = None  # which AdamW takes as "leave it alone"
+            return
+        logits = [gate.logits for gate in gates.values()]
+        if self.held_out is not None:
+            self._learn_from(self.held_out, model, state.global_step, logits)
+        expected = self.price.expected({block: gate.probabilities() for block, gate in gates.items()})
+        for logit, gradient in zip(logits, torch.autograd.grad(self.price.term(expected), logits), strict=True):
+            logit.grad = gradient if logit.grad is None else logit.grad + gradient
+        self.price.update(expected)
+        if state.global_step % max(1, int(args.logging_steps)) == 0:
+            costs = {name: float(value.detach()) for name, value in expected.items()}
+            prices = {f"{name}_price": budget.multiplier for name, budget in self.price.budgets.items()}
+            self.trace.append({"step": state.global_step, **costs, **prices})
+
+    def _learn_from(self, held_out: HeldOut, model: nn.Module, step: int, logits: list[nn.Parameter]) -> None:
+        loss = held_out.loss(model, step)
+        if not bool(torch.isfinite(loss)):
+            raise TrainingError(
+                f"The search stopped at step {step + 1}: the held-out loss is {loss.item()}. Lower "
+                "training.learning_rate, or check the validation rows."
+            )
+        for logit, gradient in zip(logits, torch.autograd.grad(loss, logits), strict=True):
+            logit.grad = gradient
+
+    def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Evaluates at the end only: no earlier checkpoint may be taken for the best, its gates had not learned."""
+        if state.global_step < state.max_steps:
+            control.should_evaluate = False
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Writes what a resumed search has to know."""
+        folder = _checkpoint(args, state)
+        if state.is_world_process_zero and folder.is_dir():
+            multipliers = {name: budget.multiplier for name, budget in self.price.budgets.items()}
+            values = {"multipliers": multipliers, "trace": self.trace}
+            (folder / FILE).write_text(json.dumps(values), encoding="utf-8")
+
+
+def gates_of(model: nn.Module) -> dict[int, GumbelGateModule]:
+    """Returns the gates of a model's active adapter by block number.
+
+    Raises:
+        TrainingError: the model has no adapter.
+        AdapterError: its gates do not choose.
+    """
+    found = tuners(model)
+    if not found:
+        raise TrainingError("A search needs a model with a Pelton adapter under a GumbelGate.")
+    return choosing_gates(found[0], found[0].active_adapters[0])
+
+
+def _checkpoint(args: TrainingArguments, state: TrainerState) -> Path:
+    return Path(str(args.output_dir), f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
