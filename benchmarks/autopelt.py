@@ -159,7 +159,7 @@ def scores(run: Any) -> dict[str, float]:
 def latency(model: Any, architecture: Architecture, full: Recipe) -> dict[str, float]:
     """The time of a model as a ratio to its plain backbone's: as the table expects, and measured."""
     _, price = prepare_search(full, SearchSettings(alpha=1.0, shape=SHAPE))
-    ids = torch.randint(1000, 20000, SHAPE, generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(model.config.vocab_size, SHAPE, generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     (ratio,) = Stopwatch([batch], rounds=21, clock=clock)([model], plain_twin(model))
