@@ -217,7 +217,8 @@ def _rest(tuner: PeltonModel, name: str) -> tuple[PeltonConfig, dict[str, Tensor
             keys, values = part.flat(Projection(attention, gated))
             tensors = {key: value for key, value in tensors.items() if not key.startswith(f"{place}.")}
             tensors |= {f"{place}.keys": keys, f"{place}.values": values}
-    return with_changes(config, methods=methods), tensors
+    sizes = {key: size for key, size in config.sizes.items() if key.split(".")[1] in kept}
+    return with_changes(config, methods=methods, sizes=sizes), tensors
 
 
 def _constant(spec: MethodSpec) -> MethodSpec:

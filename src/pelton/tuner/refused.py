@@ -12,9 +12,14 @@ from pelton.tuner.config import PeltonConfig
 
 
 def check_sizes(config: PeltonConfig, known: Collection[str]) -> None:
-    """Refuses sizes of parts that are not there; `known` names those that are, as `sizes` does."""
+    """Refuses sizes of parts that are not there; `known` names those that are, as `sizes` does.
+
+    What was pruned keeps its size: it may come back.
+    """
     for key in config.sizes:
-        if key not in known:
+        index, _, part = key.partition(".")
+        kind = part.partition(".")[0]
+        if key not in known and kind not in config.pruned.get(index, ()):
             raise unknown("part in sizes", key, known)
 
 
