@@ -55,7 +55,7 @@ def adapter(cell: str, stage: str) -> list[str]:
     """Returns what a recipe says of dilated attention."""
     if cell in UNDILATED:
         return []
-    fixed = f"{{kind: fixed, values: {{dilated: {cell}}}}}"
+    fixed = f"{{kind: fixed, value: {{dilated: {cell}}}}}"
     gate = "{kind: scalar, init: 0.01}" if cell == "learned" else fixed
     methods = "[{kind: dilated, kernel: 3, dilation: 2, space: grid}]"
     rate = ["training.gate_learning_rate=1.0e-2"] if cell == "learned" else []

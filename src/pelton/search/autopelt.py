@@ -26,21 +26,12 @@ from pelton.search.price import Price
 from pelton.search.supernet import SearchSettings, held_out_rows, prepare_search
 from pelton.tasks.load import load_task
 from pelton.training.backbone import quiet
+from pelton.training.feasible import OF_GATES
 from pelton.training.fit import fit, resume
 from pelton.training.folder import SEARCH
 from pelton.training.loading import dump_recipe, parse_recipe
 from pelton.training.recipe import AdapterSettings, Recipe, TrainingSettings
 from pelton.training.run import Run
-
-OF_GATES = (
-    "gate_learning_rate",
-    "gate_warmup_steps",
-    "gate_temperature_end",
-    "penalty",
-    "contribution_window",
-    "pruning",
-)
-"""Settings of a training that only gates which learn, or more methods than are left, can have."""
 
 DERIVED = "derived"
 """Where a search's run keeps the adapter that it ends with, weights included."""

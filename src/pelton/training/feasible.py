@@ -14,9 +14,7 @@ from pelton.training.recipe import Recipe, TrainingSettings, default_of
 from pelton.training.sections import PenaltySettings
 from pelton.tuner.config import PeltonConfig
 
-OF_ADAPTERS = (
-    "method_learning_rates",
-    "up_rate_ratio",
+OF_GATES = (
     "gate_learning_rate",
     "gate_warmup_steps",
     "gate_temperature_end",
@@ -24,6 +22,8 @@ OF_ADAPTERS = (
     "contribution_window",
     "pruning",
 )
+"""Settings that only gates which learn, or several methods, can have."""
+OF_ADAPTERS = ("method_learning_rates", "up_rate_ratio", *OF_GATES)
 """What only methods and gates have."""
 
 
