@@ -249,7 +249,7 @@ def test_a_killed_study_goes_on_and_loses_nothing(tmp_path: Path) -> None:
     chance = random.Random(0)
     for _ in range(4):
         begun = len(log.read_text().splitlines())
-        process = start(str(study.folder), 20, Cheap(0.02, str(log)))
+        process = start(str(study.folder), 40, Cheap(0.1, str(log)))
         until = begun + chance.randint(1, 3)
         while len(log.read_text().splitlines()) < until:
             time.sleep(0.005)
@@ -258,11 +258,11 @@ def test_a_killed_study_goes_on_and_loses_nothing(tmp_path: Path) -> None:
         now = ended(study)
         assert {number: now.get(number) for number in before} == before
         before = now
-    process = start(str(study.folder), 20, Cheap(0.0, str(log)))
+    process = start(str(study.folder), 40, Cheap(0.0, str(log)))
     process.join()
     assert process.exitcode == 0
     trials = study.trials()
-    assert len(trials) == 20
+    assert len(trials) == 40
     assert {one.state for one in trials} == {"finished", "stopped"}
     assert {number: ended(study)[number] for number in before} == before
     for one in trials:  # a try again has the values of the first
