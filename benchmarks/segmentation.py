@@ -117,8 +117,8 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def spread(values: list[float], digits: int = 2) -> str:
     """Writes a mean and a standard deviation."""
-    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-    return f"{statistics.mean(values):.{digits}f} ± {deviation:.{digits}f}"
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def main() -> None:

@@ -6,9 +6,12 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+
+if TYPE_CHECKING:
+    from pelton.search.census import Lineage
 
 SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 TRIALS = 20
@@ -92,8 +95,8 @@ def search(
     if trials is None and time is None and study.wanted is None:
         trials = TRIALS
 
-    def tell(lineage: object) -> None:
-        print(describe(study, lineage), file=sys.stderr, flush=True)  # type: ignore[arg-type]
+    def tell(lineage: Lineage) -> None:
+        print(describe(study, lineage), file=sys.stderr, flush=True)
 
     try:
         study.run(trials, seconds, told=tell)
