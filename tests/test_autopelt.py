@@ -208,6 +208,23 @@ def test_what_is_likeliest_goes_last() -> None:
     assert within(choices, gates, {"parameters": limit}).blocks == {1: {"lora": 4}}
 
 
+def test_a_scarce_budget_is_used_up() -> None:
+    choices = Choices.of(METHODS, GATE, ANATOMY, table())
+    gates = gates_of(supernet())
+    with torch.no_grad():
+        for gate in gates.values():
+            gate.logits[gate.place[:, 0]] = 9.0  # all are shut
+        gates[1].logits[gates[1].place[0, 3]] = 8.0  # LoRA at its largest in block 1 comes first
+    limits = {"parameters": 0.5 * choices.range["parameters"][1], "latency": choices.range["latency"][1]}
+    assert not any(within(choices, gates, limits).blocks.values())
+    filled = within(choices, gates, limits, ["parameters"])
+    assert filled.blocks[1]["lora"] == 4
+    assert fits(choices, filled, limits)
+    least = min(float(costs.parameters[costs.parameters > 0].min()) for costs in choices.blocks.values())
+    assert choices.cost(filled)[0] > limits["parameters"] - least
+    assert within(choices, gates, {**limits, "latency": 1.0 + 1e-6}, ["parameters"]) == within(choices, gates, limits)
+
+
 # ---- the search itself -------------------------------------------------------------------------------------------
 
 

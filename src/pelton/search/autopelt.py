@@ -126,7 +126,7 @@ class _Noting(TrainerCallback):  # type: ignore[misc]
 def _finish(run: Run, recipe: Recipe, price: Price, learning: ArchitectureLearning) -> Found:
     choices, folder = price.choices, run.folder.path
     gates = gates_of(run.model)
-    architecture = within(choices, gates, price.limits)
+    architecture = within(choices, gates, price.limits, price.scarce)
     likely = price.expected({block: gate.probabilities() for block, gate in gates.items()})
     expected = {name: float(value.detach()) for name, value in likely.items()}
     (parameters, latency), (most, slowest) = choices.cost(architecture), choices.cost(choices.full)

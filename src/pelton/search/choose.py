@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import Tensor
 
@@ -26,15 +26,20 @@ CLOSE = 0.9
 """The share of a budget that a random architecture uses at least, where some that was drawn does."""
 
 
-def within(choices: Choices, gates: Mapping[int, GumbelGateModule], limits: Mapping[str, float]) -> Architecture:
+def within(
+    choices: Choices, gates: Mapping[int, GumbelGateModule], limits: Mapping[str, float], scarce: Collection[str] = ()
+) -> Architecture:
     """Returns what gates choose, made to fit budgets: the likeliest such architecture, nearly.
 
-    The step down that loses least log-probability for what it saves is taken, until the budgets hold.
+    The step down that loses least log-probability for what it saves is taken, until the budgets hold. A scarce budget
+    is then used up by the steps up that lose least for what they add: gates that paid its price are shut a little too
+    much, since they paid for what was expected, and not for what they choose in the end.
 
     Args:
         choices: The candidates and their costs.
         gates: By block.
         limits: The most "parameters" and "latency".
+        scarce: Those of them that had a price at the end.
 
     Raises:
         SpecError: not even nothing is within the budgets.
@@ -42,35 +47,57 @@ def within(choices: Choices, gates: Mapping[int, GumbelGateModule], limits: Mapp
     logs = {block: gate.probabilities().detach().cpu().log() for block, gate in gates.items()}
     picks = {(block, row): number for block, gate in gates.items() for row, number in enumerate(gate.picks().tolist())}
     while (over := _most_over(choices, picks, limits)) is not None:
-        steps = list(_steps_down(choices, logs, picks, over))
+        steps = list(_steps(choices, logs, picks, over, up=False))
         if not steps:
             raise SpecError(
                 f"No architecture has {over} within {limits[over]:g}. See the range: pelton autopelt --help."
             )
         _, group, number = min(steps)
         picks[group] = number
+    if scarce:
+        _fill(choices, logs, picks, limits, max(scarce, key=lambda name: _used(choices, picks, limits)[name]))
     return architecture_of(choices, picks)
+
+
+def _fill(
+    choices: Choices, logs: Mapping[int, Tensor], picks: Picks, limits: Mapping[str, float], what: str
+) -> None:
+    """Takes steps up while the budgets hold."""
+    while True:
+        for _, group, number in sorted(_steps(choices, logs, picks, what, up=True)):
+            tried = {**picks, group: number}
+            if max(_used(choices, tried, limits).values()) <= 1:
+                picks[group] = number
+                break
+        else:
+            return
 
 
 def _most_over(choices: Choices, picks: Picks, limits: Mapping[str, float]) -> str | None:
     """Returns the cost that is furthest above its limit, as a share; None where all hold."""
-    costs = dict(zip(("parameters", "latency"), choices.cost(architecture_of(choices, picks)), strict=True))
-    over = {name: costs[name] / limit for name, limit in limits.items() if costs[name] > limit}
+    over = {name: share for name, share in _used(choices, picks, limits).items() if share > 1}
     return max(over, key=lambda name: over[name]) if over else None
 
 
-def _steps_down(
-    choices: Choices, logs: Mapping[int, Tensor], picks: Picks, what: str
+def _used(choices: Choices, picks: Picks, limits: Mapping[str, float]) -> dict[str, float]:
+    """Returns the costs as shares of their limits."""
+    costs = dict(zip(("parameters", "latency"), choices.cost(architecture_of(choices, picks)), strict=True))
+    return {name: costs[name] / limit for name, limit in limits.items()}
+
+
+def _steps(
+    choices: Choices, logs: Mapping[int, Tensor], picks: Picks, what: str, *, up: bool
 ) -> Iterator[tuple[float, tuple[int, int], int]]:
-    """Yields loss of log-probability per cost that is saved, with the group and the cheaper candidate."""
+    """Yields loss of log-probability per cost that is added or saved, with the group and the other candidate."""
     for (block, row), now in picks.items():
         costs, row_logs = choices.blocks[block], logs[block][row]
-        price = getattr(costs, what)[row]
-        extra = costs.overhead if what == "latency" else 0.0
+        price = getattr(costs, what)[row].tolist()
+        if what == "latency":
+            price = [price[0], *(value + costs.overhead for value in price[1:])]
         for number in range(len(costs.groups[row]) + 1):
-            saved = float(price[now] - price[number]) + (extra if now and not number else 0.0)
-            if saved > 0:
-                yield float(row_logs[now] - row_logs[number]) / saved, (block, row), number
+            moved = price[number] - price[now] if up else price[now] - price[number]
+            if moved > 0:
+                yield float(row_logs[now] - row_logs[number]) / moved, (block, row), number
 
 
 def architecture_of(choices: Choices, picks: Picks) -> Architecture:

@@ -94,6 +94,11 @@ class Price:
         """The budgets, by "parameters" and "latency"."""
         return {name: budget.limit for name, budget in self.budgets.items()}
 
+    @property
+    def scarce(self) -> list[str]:
+        """The budgets whose constraint has a price: there would be more of these costs without it."""
+        return [name for name, budget in self.budgets.items() if budget.multiplier > 0]
+
     def expected(self, probabilities: Mapping[int, Tensor]) -> dict[str, Tensor]:
         """Returns the expected costs, by "parameters" and "latency"."""
         return {"parameters": self.choices.parameters(probabilities), "latency": self.choices.latency(probabilities)}
