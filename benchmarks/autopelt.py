@@ -5,12 +5,14 @@ For every task and seed it trains, with the same rows, head, steps and rates:
 full      all methods under the default gate, in every block
 search    the supernet; its gates choose within the budget (not scored: its result is `searched`)
 searched  what the search chose, from the start
+inherited the same, from the weights that it has in the supernet
 uniform   the same in every block, within the budget
 random    three random architectures within the budget; the best on held-back rows counts
 taylor    what matters most of `full` by first-order importance, within the budget
 
-`search` and `searched` together take two runs (three when --bilevel), random search takes three. The latency of the
-searched model is measured next to the plain backbone and compared with what the table expects.
+`search`, `searched` and `inherited` take three runs, of which the last two compete on held-back rows; so do the three of
+random search. With --bilevel the search alone takes two. The latency of the searched model is measured next to the plain
+backbone and compared with what the table expects.
 
     python benchmarks/autopelt.py --data DIR [--tasks mrpc cola sst2 conll2003] [--seeds 3] [--steps 400] --out FILE
 
@@ -22,11 +24,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +66,9 @@ FULL: dict[str, Any] = {
     "gate": {"kind": "mlp", "activation": "sigmoid", "init": 0.9},
 }
 RANDOM = ("random-0", "random-1", "random-2")
-WAYS = ("full", "search", "searched", "uniform", *RANDOM, "taylor")
+WAYS = ("search", "searched", "inherited", "uniform", *RANDOM, "full", "taylor")
+SHOWN = {"searched": ("searched", "inherited"), "uniform": ("uniform",), "random": RANDOM}
+"""What is compared at equal size: each the best on held-back rows of so many trainings."""
 SHAPE = (8, 64)
 
 
@@ -102,6 +107,11 @@ class Study:
         self.options, self.journal, self.task, self.seed = options, journal, task, seed
         self.settings = SearchSettings(budget_parameters=options.budget, bilevel=options.bilevel, shape=SHAPE)
 
+    @property
+    def derived(self) -> Path:
+        """Where the weights lie that the searched architecture has in the supernet."""
+        return Path(f"{self.options.out}.derived", f"{self.task}-{self.seed}")
+
     def done(self) -> dict[str, dict[str, Any]]:
         mine = {"task": self.task, "seed": self.seed, "steps": self.options.steps, "budget": self.options.budget}
         rows = [row for row in self.journal.records() if all(row.get(key) == value for key, value in mine.items())]
@@ -121,11 +131,12 @@ class Study:
             return self._train_full(full)
         if way == "search":
             found = search(full, self.settings)
+            shutil.copytree(found.run.folder.path / DERIVED, self.derived, dirs_exist_ok=True)
             passes = 2 if self.options.bilevel else 1
             return {"runs": passes, "parameters": found.parameters, "blocks": found.architecture.to_dict()["blocks"]}
         _, price = prepare_search(full, self.settings)
         choices, limits = price.choices, price.limits
-        if way == "searched":
+        if way in ("searched", "inherited"):
             blocks = {int(b): choice for b, choice in self.done()["search"]["blocks"].items()}
             architecture = Architecture(choices.methods, blocks)
         elif way == "uniform":
@@ -134,7 +145,8 @@ class Study:
             architecture = by_importance(choices, self.done()["full"]["importance"], limits)
         else:
             architecture = random_architecture(choices, limits, seed=100 * self.seed + int(way[-1]))
-        return self._train(full, architecture, choices.anatomy, measured=way == "searched")
+        start = str(self.derived) if way == "inherited" else None
+        return self._train(full, architecture, choices.anatomy, start, measured=way == "searched")
 
     def _train_full(self, full: Recipe) -> dict[str, Any]:
         run = fit(full)
@@ -143,8 +155,10 @@ class Study:
         size = sum(p.numel() for n, p in run.model.named_parameters() if ".pelton." in n)
         return {"runs": 1, "parameters": size, "importance": importance, **scores(run)}
 
-    def _train(self, full: Recipe, architecture: Architecture, anatomy: Any, measured: bool) -> dict[str, Any]:
-        adapter = AdapterSettings(**architecture.settings(anatomy))
+    def _train(
+        self, full: Recipe, architecture: Architecture, anatomy: Any, start: str | None, measured: bool
+    ) -> dict[str, Any]:
+        adapter = AdapterSettings(**architecture.settings(anatomy), start=start)
         run = fit(full.model_copy(update={"adapter": adapter}))
         blocks = architecture.to_dict()["blocks"]
         found = {"runs": 1, "parameters": architecture.parameters(anatomy), "blocks": blocks, **scores(run)}
@@ -171,26 +185,37 @@ def latency(model: Any, architecture: Architecture, full: Recipe) -> dict[str, f
 
 
 def report(journal: Journal) -> str:
-    """Scores on test rows, mean over seeds, where all ways are finished."""
-    lines = [
-        f"{'task':<11}{'seeds':>6}"
-        + "".join(f"{way:>10}" for way in ("full", "searched", "uniform", "random", "taylor"))
-    ]
+    """Scores on test rows: means over the seeds for which all ways of a column are finished, and of their differences."""
     rows = journal.records()
+    columns = {**SHOWN, "scratch": ("searched",), "inherited": ("inherited",), "full": ("full",), "taylor": ("taylor",)}
+    lines = [f"{'task':<11}{'seeds':>6}" + "".join(f"{name:>11}" for name in columns)]
+    means: dict[str, list[float]] = {}
     for task in dict.fromkeys(row["task"] for row in rows):
-        seeds = [cell for cell in _cells(rows, task) if set(cell) >= set(WAYS)]
-        if not seeds:
+        cells = [cell for cell in _cells(rows, task) if all(way in cell for ways in SHOWN.values() for way in ways)]
+        if not cells:
             continue
-        for cell in seeds:
-            cell["random"] = max((cell[way] for way in RANDOM), key=lambda row: row["validation"])
-        means = [
-            statistics.mean(c[way]["test"] for c in seeds)
-            for way in ("full", "searched", "uniform", "random", "taylor")
-        ]
-        lines.append(f"{task:<11}{len(seeds):>6}" + "".join(f"{100 * mean:>10.1f}" for mean in means))
-        off = [c["searched"]["expected_latency"] / c["searched"]["latency"] - 1 for c in seeds]
+        line = f"{task:<11}{len(cells):>6}"
+        for name, ways in columns.items():
+            scores = [_best(cell, ways) for cell in cells if all(way in cell for way in ways)]
+            if len(scores) < len(cells):
+                line += f"{'–':>11}"
+                continue
+            means.setdefault(name, []).append(100 * statistics.mean(scores))
+            line += f"{means[name][-1]:>11.2f}"
+        lines.append(line)
+        off = [cell["searched"]["expected_latency"] / cell["searched"]["latency"] - 1 for cell in cells]
         lines.append(f"{'':<11}expected ÷ measured latency − 1: {', '.join(f'{x:+.1%}' for x in off)}")
+    whole = {name: values for name, values in means.items() if len(values) == len(means["searched"])}
+    lines.append(
+        f"{'mean':<17}"
+        + "".join(f"{statistics.mean(whole[c]):>11.2f}" if c in whole else f"{'–':>11}" for c in columns)
+    )
     return "\n".join(lines)
+
+
+def _best(cell: dict[str, dict[str, Any]], ways: Sequence[str]) -> float:
+    """Returns the test score of the training that is best on held-back rows."""
+    return float(max((cell[way] for way in ways), key=lambda row: row["validation"])["test"])
 
 
 def _cells(rows: list[dict[str, Any]], task: str) -> Iterator[dict[str, dict[str, Any]]]:

@@ -23,7 +23,7 @@ Picks = dict[tuple[int, int], int]
 TRIES = 2000
 """How many architectures are drawn for one that is within a budget and close to it."""
 CLOSE = 0.9
-"""The share of a budget that a random architecture uses at least, where some that was drawn does."""
+"""The share of a budget that uniform and random architectures use at least, where some do."""
 
 
 def within(
@@ -111,9 +111,9 @@ def architecture_of(choices: Choices, picks: Picks) -> Architecture:
 
 
 def uniform(choices: Choices, limits: Mapping[str, float]) -> Architecture:
-    """Returns the largest architecture within budgets whose blocks all have the same.
+    """Returns an architecture within budgets whose blocks all have the same: as many methods, as large as can be.
 
-    Among those of like size the one with more methods.
+    Of those that use most of a budget on parameters, the largest of those with most methods.
 
     Raises:
         SpecError: the blocks have different candidates, or nothing that is the same everywhere fits.
@@ -121,17 +121,18 @@ def uniform(choices: Choices, limits: Mapping[str, float]) -> Architecture:
     first, *others = (costs.groups for costs in choices.blocks.values())
     if any(groups != first for groups in others):
         raise SpecError("Uniform allocation needs the same candidates in every block: leave `layers` out.")
-    best: tuple[float, int, Architecture] | None = None
+    best: tuple[bool, int, float, Architecture] | None = None
     for numbers in itertools.product(*(range(len(group) + 1) for group in first)):
         picks = {(block, row): number for block in choices.blocks for row, number in enumerate(numbers)}
         found = architecture_of(choices, picks)
         if any(numbers) and fits(choices, found, limits):
-            rank = (choices.cost(found)[0], sum(map(bool, numbers)))
-            if best is None or rank > best[:2]:
+            size = choices.cost(found)[0]
+            rank = (size >= CLOSE * limits.get("parameters", size), sum(map(bool, numbers)), size)
+            if best is None or rank > best[:3]:
                 best = (*rank, found)
     if best is None:
         raise SpecError(f"Nothing that is the same in every block is within {dict(limits)}. Raise the budget.")
-    return best[2]
+    return best[3]
 
 
 def random_architecture(choices: Choices, limits: Mapping[str, float], seed: int) -> Architecture:
