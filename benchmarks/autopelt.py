@@ -7,12 +7,13 @@ search    the supernet; its gates choose within the budget (not scored: its resu
 searched  what the search chose, from the start
 inherited the same, from the weights that it has in the supernet
 uniform   the same in every block, within the budget
+again     uniform, trained a second time from where the first ended: as long as `search` and `inherited` together
 random    three random architectures within the budget; the best on held-back rows counts
 taylor    what matters most of `full` by first-order importance, within the budget
 
-`search`, `searched` and `inherited` take three runs, of which the last two compete on held-back rows; so do the three of
-random search. With --bilevel the search alone takes two. The latency of the searched model is measured next to the plain
-backbone and compared with what the table expects.
+`search`, `searched` and `inherited` take three runs, of which the last two compete on held-back rows; so do the three
+of random search. With --bilevel the search alone takes two. The latency of the searched model is measured next to the
+plain backbone and compared with what the table expects.
 
     python benchmarks/autopelt.py --data DIR [--tasks mrpc cola sst2 conll2003] [--seeds 3] [--steps 400] --out FILE
 
@@ -45,7 +46,7 @@ from pelton.compress.importance import taylor  # noqa: E402
 from pelton.compress.runs import training_batches  # noqa: E402
 from pelton.insight.latency import Stopwatch  # noqa: E402
 from pelton.search.architecture import Architecture  # noqa: E402
-from pelton.search.autopelt import search  # noqa: E402
+from pelton.search.autopelt import DERIVED, search  # noqa: E402
 from pelton.search.choose import by_importance, random_architecture, uniform  # noqa: E402
 from pelton.search.supernet import SearchSettings, prepare_search  # noqa: E402
 from pelton.tasks.load import load_task  # noqa: E402
@@ -66,9 +67,11 @@ FULL: dict[str, Any] = {
     "gate": {"kind": "mlp", "activation": "sigmoid", "init": 0.9},
 }
 RANDOM = ("random-0", "random-1", "random-2")
-WAYS = ("search", "searched", "inherited", "uniform", *RANDOM, "full", "taylor")
+WAYS = ("search", "searched", "inherited", "uniform", "again", *RANDOM, "full", "taylor")
 SHOWN = {"searched": ("searched", "inherited"), "uniform": ("uniform",), "random": RANDOM}
 """What is compared at equal size: each the best on held-back rows of so many trainings."""
+START = {"inherited": "search", "again": "uniform"}
+"""Whose weights a way begins with."""
 SHAPE = (8, 64)
 
 
@@ -107,10 +110,9 @@ class Study:
         self.options, self.journal, self.task, self.seed = options, journal, task, seed
         self.settings = SearchSettings(budget_parameters=options.budget, bilevel=options.bilevel, shape=SHAPE)
 
-    @property
-    def derived(self) -> Path:
-        """Where the weights lie that the searched architecture has in the supernet."""
-        return Path(f"{self.options.out}.derived", f"{self.task}-{self.seed}")
+    def weights(self, way: str) -> Path:
+        """Where the adapter lies that a way ended with and another begins with."""
+        return Path(f"{self.options.out}.adapters", f"{self.task}-{self.seed}-{way}")
 
     def done(self) -> dict[str, dict[str, Any]]:
         mine = {"task": self.task, "seed": self.seed, "steps": self.options.steps, "budget": self.options.budget}
@@ -131,7 +133,7 @@ class Study:
             return self._train_full(full)
         if way == "search":
             found = search(full, self.settings)
-            shutil.copytree(found.run.folder.path / DERIVED, self.derived, dirs_exist_ok=True)
+            shutil.copytree(found.run.folder.path / DERIVED, self.weights("search"), dirs_exist_ok=True)
             passes = 2 if self.options.bilevel else 1
             return {"runs": passes, "parameters": found.parameters, "blocks": found.architecture.to_dict()["blocks"]}
         _, price = prepare_search(full, self.settings)
@@ -139,14 +141,13 @@ class Study:
         if way in ("searched", "inherited"):
             blocks = {int(b): choice for b, choice in self.done()["search"]["blocks"].items()}
             architecture = Architecture(choices.methods, blocks)
-        elif way == "uniform":
+        elif way in ("uniform", "again"):
             architecture = uniform(choices, limits)
         elif way == "taylor":
             architecture = by_importance(choices, self.done()["full"]["importance"], limits)
         else:
             architecture = random_architecture(choices, limits, seed=100 * self.seed + int(way[-1]))
-        start = str(self.derived) if way == "inherited" else None
-        return self._train(full, architecture, choices.anatomy, start, measured=way == "searched")
+        return self._train(way, full, architecture, choices.anatomy)
 
     def _train_full(self, full: Recipe) -> dict[str, Any]:
         run = fit(full)
@@ -155,14 +156,15 @@ class Study:
         size = sum(p.numel() for n, p in run.model.named_parameters() if ".pelton." in n)
         return {"runs": 1, "parameters": size, "importance": importance, **scores(run)}
 
-    def _train(
-        self, full: Recipe, architecture: Architecture, anatomy: Any, start: str | None, measured: bool
-    ) -> dict[str, Any]:
+    def _train(self, way: str, full: Recipe, architecture: Architecture, anatomy: Any) -> dict[str, Any]:
+        start = str(self.weights(START[way])) if way in START else None
         adapter = AdapterSettings(**architecture.settings(anatomy), start=start)
         run = fit(full.model_copy(update={"adapter": adapter}))
+        if way in START.values():
+            shutil.copytree(run.folder.adapter, self.weights(way), dirs_exist_ok=True)
         blocks = architecture.to_dict()["blocks"]
         found = {"runs": 1, "parameters": architecture.parameters(anatomy), "blocks": blocks, **scores(run)}
-        return found | (latency(run.model, architecture, full) if measured else {})
+        return found | (latency(run.model, architecture, full) if way == "searched" else {})
 
 
 def scores(run: Any) -> dict[str, float]:
@@ -185,9 +187,9 @@ def latency(model: Any, architecture: Architecture, full: Recipe) -> dict[str, f
 
 
 def report(journal: Journal) -> str:
-    """Scores on test rows: means over the seeds for which all ways of a column are finished, and of their differences."""
+    """Scores on test rows: means over the seeds for which all ways that are compared are finished."""
     rows = journal.records()
-    columns = {**SHOWN, "scratch": ("searched",), "inherited": ("inherited",), "full": ("full",), "taylor": ("taylor",)}
+    columns = SHOWN | {"scratch": ("searched",)} | {way: (way,) for way in ("inherited", "again", "full", "taylor")}
     lines = [f"{'task':<11}{'seeds':>6}" + "".join(f"{name:>11}" for name in columns)]
     means: dict[str, list[float]] = {}
     for task in dict.fromkeys(row["task"] for row in rows):
