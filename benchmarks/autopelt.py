@@ -207,6 +207,8 @@ def report(journal: Journal) -> str:
         lines.append(line)
         off = [cell["searched"]["expected_latency"] / cell["searched"]["latency"] - 1 for cell in cells]
         lines.append(f"{'':<11}expected ÷ measured latency − 1: {', '.join(f'{x:+.1%}' for x in off)}")
+    if not means:
+        return "Nothing is finished that can be compared."
     whole = {name: values for name, values in means.items() if len(values) == len(means["searched"])}
     lines.append(
         f"{'mean':<17}"
@@ -232,6 +234,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument(
+        "--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="in the order of the list above"
+    )
     parser.add_argument("--rows", type=int, help="training examples of every task, for a trial")
     parser.add_argument("--bilevel", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
@@ -245,7 +250,7 @@ def main() -> None:
         for seed in range(options.seeds):
             for task in options.tasks:
                 study = Study(options, journal, task, seed)
-                for way in WAYS:
+                for way in options.ways:
                     if way not in study.done():
                         study.run(way)
     print(report(journal))

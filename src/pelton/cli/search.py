@@ -12,6 +12,9 @@ import typer
 
 if TYPE_CHECKING:
     from pelton.search.census import Lineage
+    from pelton.search.plan import Budget, StudyPlan
+
+Stopping = Literal["hyperband", "halving", "none"]
 
 SECONDS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 TRIALS = 20
@@ -41,7 +44,7 @@ def search(
         str | None, typer.Option(help="By comma: quality, latency, parameters; quality if not given.")
     ] = None,
     stopping: Annotated[
-        Literal["hyperband", "halving", "none"] | None,
+        Stopping | None,
         typer.Option(help="How trials that fall behind end early; hyperband if not given."),
     ] = None,
     budget_params: Annotated[
@@ -67,31 +70,17 @@ def search(
     seconds = math.inf if time is None else duration(time)
     from pelton.cli import show
     from pelton.search.final import confirm
-    from pelton.search.plan import Budget, StudyPlan
+    from pelton.search.plan import Budget
     from pelton.search.report import describe, write_report
-    from pelton.search.space import Space, load_space
     from pelton.search.study import Study
-    from pelton.training.loading import load_recipe
 
     if resume is not None:
         study = Study.open(resume, storage=storage)
     else:
-        base = load_recipe(str(recipe), overrides or [])
-        wanted, usual = (Space({}), True) if space is None else load_space(space)
-        named = tuple(one.strip() for one in (objectives or "quality").split(",") if one.strip())
-        plan = StudyPlan.of(
-            base,
-            wanted,
-            usual=usual,
-            objectives=named,  # type: ignore[arg-type]  # checked there
-            stopping=stopping or "hyperband",
-            budget=Budget(budget_params, budget_latency),
-        )
-        study = Study.start((output or Path("studies")) / (name or base.name), plan, storage=storage)
-        for note in plan.space.notes:
+        plan = _plan(str(recipe), overrides or [], space, objectives, stopping, Budget(budget_params, budget_latency))
+        study = Study.start((output or Path("studies")) / (name or plan.recipe.name), plan, storage=storage)
+        for note in plan.remarks:
             print(f"· {note}", file=sys.stderr)
-        if plan.stopping != "none" and not plan.stops:
-            print("· With several objectives no trial ends early.", file=sys.stderr)
     if trials is None and time is None and study.wanted is None:
         trials = TRIALS
 
@@ -109,6 +98,31 @@ def search(
         print(f"pelton: Interrupted. Go on with: pelton search --resume {study.folder}", file=sys.stderr)
         raise typer.Exit(130) from error
     show.study(study, final)
+
+
+def _plan(
+    recipe: str,
+    overrides: list[str],
+    space: Path | None,
+    objectives: str | None,
+    stopping: Stopping | None,
+    budget: Budget,
+) -> StudyPlan:
+    from pelton.search.plan import StudyPlan
+    from pelton.search.space import Space, load_space
+    from pelton.training.loading import load_recipe
+
+    base = load_recipe(recipe, overrides)
+    wanted, usual = (Space({}), True) if space is None else load_space(space)
+    named = tuple(one.strip() for one in (objectives or "quality").split(",") if one.strip())
+    return StudyPlan.of(
+        base,
+        wanted,
+        usual=usual,
+        objectives=named,  # type: ignore[arg-type]  # checked there
+        stopping=stopping or "hyperband",
+        budget=budget,
+    )
 
 
 def duration(text: str) -> float:

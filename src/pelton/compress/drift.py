@@ -19,7 +19,7 @@ from pelton.insight.monitor import names_of, revivable
 from pelton.tasks.base import Task
 from pelton.tasks.load import load_task
 from pelton.tasks.tables import read_table
-from pelton.training.fit import gate_frame, spread
+from pelton.training.gate_values import gate_frame, spread
 from pelton.training.run import Run
 
 

@@ -26,8 +26,8 @@ from pelton.insight.latency import Stopwatch
 from pelton.tasks.base import Examples
 from pelton.tasks.load import Loaded, load_task
 from pelton.training.backbone import quiet
-from pelton.training.fit import record_run_gates
 from pelton.training.folder import RunFolder
+from pelton.training.gate_values import record_run_gates
 from pelton.training.run import Run
 from pelton.tuner.cut import Entry
 from pelton.tuner.model import PeltonModel

@@ -20,7 +20,7 @@ from pelton.tasks.base import Examples, as_json
 from pelton.tasks.masked_images import Reconstruction
 from pelton.tasks.pictures import Picture
 from pelton.tasks.segmentation import Segmentation, SemanticSegmentation
-from pelton.training.fit import spread
+from pelton.training.gate_values import spread
 from pelton.training.run import Run
 
 Colours = NDArray[np.uint8]

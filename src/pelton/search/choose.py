@@ -59,9 +59,7 @@ def within(
     return architecture_of(choices, picks)
 
 
-def _fill(
-    choices: Choices, logs: Mapping[int, Tensor], picks: Picks, limits: Mapping[str, float], what: str
-) -> None:
+def _fill(choices: Choices, logs: Mapping[int, Tensor], picks: Picks, limits: Mapping[str, float], what: str) -> None:
     """Takes steps up while the budgets hold."""
     while True:
         for _, group, number in sorted(_steps(choices, logs, picks, what, up=True)):

@@ -136,6 +136,12 @@ class StudyPlan:
         return [best if name == "quality" else "minimize" for name in self.objectives]
 
     @property
+    def remarks(self) -> list[str]:
+        """What whoever starts the study should know."""
+        late = self.stopping != "none" and not self.stops
+        return [*self.space.notes, *(["With several objectives no trial ends early."] if late else [])]
+
+    @property
     def stops(self) -> bool:
         """Whether trials may end early: Optuna compares running trials by one objective only."""
         return self.stopping != "none" and self.objectives == ("quality",)

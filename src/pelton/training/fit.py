@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pandas as pd
 from peft import PeftModel
 from rich.console import Console
 from transformers import EarlyStoppingCallback, TrainerCallback
 
 from pelton.errors import PeltonError, TrainingError
-from pelton.gates.recording import record_gates
 from pelton.tasks.base import Examples
 from pelton.tasks.load import Loaded, load_task
 from pelton.training.backbone import quiet
@@ -27,6 +22,7 @@ from pelton.training.contributions import Contributions
 from pelton.training.features import training_features
 from pelton.training.folder import SEARCH, RunFolder, is_main_process, wait_for_main_process
 from pelton.training.gate_callbacks import gate_callbacks
+from pelton.training.gate_values import record_run_gates
 from pelton.training.loading import dump_recipe, load_recipe
 from pelton.training.prepare import Prepared, environment, initialize, prepare
 from pelton.training.recipe import Recipe
@@ -34,9 +30,7 @@ from pelton.training.run import Run
 from pelton.training.trackers import track_gates
 from pelton.training.trainer import GatedTrainer
 from pelton.training.unfrozen import save_model
-from pelton.tuner.summary import gate_summary
 
-GATE_EXAMPLES = 512
 JUDGED = ("validation", "test", "test_mismatched")
 
 
@@ -246,27 +240,3 @@ def _finish(run: Run, data: Loaded) -> Run:
         record_run_gates(run, data.some())
     run.folder.set_phase("finished")
     return run
-
-
-def record_run_gates(run: Run, examples: Examples) -> None:
-    """Writes gate values on some of the examples, and their means by block."""
-    frame = gate_frame(run, run.task.judged(spread(examples), run.processor))
-    frame.to_parquet(run.folder.gate_values, index=False)
-    run.folder.write("gates", json.loads(gate_summary(run.model, frame).to_json(orient="records")))
-
-
-def spread(examples: Examples, most: int = GATE_EXAMPLES) -> Examples:
-    """Returns examples at equal distances, since files are often sorted by class: all kinds are among them."""
-    count = min(len(examples), most)
-    return examples.take([row * len(examples) // count for row in range(count)])
-
-
-def gate_frame(run: Run, features: Any) -> pd.DataFrame:
-    """Returns the gate values of a run's model on features, by block, method and example; see `GateLog.to_frame`."""
-    with record_gates(run.model) as log:
-        run.forward(features)
-    frame = log.to_frame()
-    if "example" in features.column_names:  # the log counts features
-        of, seen = np.asarray(features["example"]), frame["example"] >= 0
-        frame.loc[seen, "example"] = of[frame.loc[seen, "example"]]
-    return frame
