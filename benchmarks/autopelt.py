@@ -15,7 +15,8 @@ taylor    what matters most of `full` by first-order importance, within the budg
 of random search. With --bilevel the search alone takes two. The latency of the searched model is measured next to the
 plain backbone and compared with what the table expects.
 
-    python benchmarks/autopelt.py --data DIR [--tasks mrpc cola sst2 conll2003] [--seeds 3] [--steps 400] --out FILE
+    python benchmarks/autopelt.py --data DIR [--tasks mrpc cola sst2 conll2003] [--seeds 3] [--steps 400]
+        [--precision bf16 --attention eager] --out FILE
 
 Finished parts are in FILE, one JSON line each, and are not run again. `--report` prints the table of what there is.
 """
@@ -87,6 +88,7 @@ def recipe(options: argparse.Namespace, task: str, seed: int, folder: str) -> Re
     values = {
         "name": f"{task}-{seed}",
         "backbone": MINILM,
+        "attention": options.attention,
         "task": {**TASKS[task], **rows, "data": place},
         "adapter": FULL,
         "training": {
@@ -95,6 +97,7 @@ def recipe(options: argparse.Namespace, task: str, seed: int, folder: str) -> Re
             "batch_size": 16,
             "group_by_length": True,
             "learning_rate": 1e-3,
+            "precision": options.precision,
             "seed": seed,
             "trackers": [],
         },
@@ -124,7 +127,12 @@ class Study:
         with tempfile.TemporaryDirectory() as folder:
             found = self._run(way, recipe(self.options, self.task, self.seed, folder))
         row = {"task": self.task, "seed": self.seed, "way": way, "steps": self.options.steps}
-        row |= {"budget": self.options.budget, **found, "seconds": round(time.perf_counter() - started, 1)}
+        row |= {
+            "budget": self.options.budget,
+            "precision": self.options.precision,
+            **found,
+            "seconds": round(time.perf_counter() - started, 1),
+        }
         self.journal.append(row)
         print(json.dumps({key: value for key, value in row.items() if key not in ("blocks", "importance")}), flush=True)
 
