@@ -242,6 +242,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--budget", type=float, default=0.5)
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
+    parser.add_argument("--attention", choices=["eager", "sdpa"])
     parser.add_argument(
         "--ways", nargs="+", default=list(WAYS), choices=list(WAYS), help="in the order of the list above"
     )
