@@ -26,6 +26,7 @@ from pelton.search.learning import HeldOut, gates_of
 from pelton.search.picture import draw_architecture, label, shade
 from pelton.search.price import ETA, Budget, Price
 from pelton.search.supernet import SearchSettings
+from pelton.search.unrolled import unrolled_gradients
 from pelton.training.fit import Interrupted, fit, resume
 from pelton.training.loading import load_recipe
 from pelton.tuner import gated_blocks
@@ -262,9 +263,9 @@ def test_inherited_weights_begin_where_the_search_ended(make: Make) -> None:
     assert trained.folder.read("metrics")["validation"] == pytest.approx(found.metrics, abs=1e-5)
 
 
-@pytest.mark.parametrize("bilevel", [False, True])
-def test_an_interrupted_search_finds_the_same(make: Make, bilevel: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = SearchSettings(budget_parameters=0.5, bilevel=bilevel)
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_an_interrupted_search_finds_the_same(make: Make, order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SearchSettings(budget_parameters=0.5, bilevel=order > 0, second_order=order > 1)
     whole = search(make(SEARCHED, log_every=1), settings)
 
     from pelton.search import autopelt
@@ -300,6 +301,42 @@ def test_bilevel_gates_learn_from_held_out_rows_only(make: Make) -> None:
     finally:
         HeldOut.loss = original  # type: ignore[method-assign]
     assert seen == list(range(6, 12))  # after the warm-up, once a step
+
+
+def test_the_second_order_is_the_gradient_through_a_step_of_the_weights() -> None:
+    """Against autograd through the virtual step; every weight has a rate of its own, one has no gradient."""
+    torch.manual_seed(0)
+    gate = torch.nn.Parameter(torch.randn(3, dtype=torch.float64))
+    weights = [torch.nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (3, 3, 2)]
+    model = torch.nn.ParameterList([gate, *weights])
+    rates = list(zip(weights, (0.1, 0.3, 0.5), strict=True))
+
+    def loss(target: float, gate: torch.Tensor, one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return ((gate.sigmoid() * one).tanh() @ other - target).square() + (one * gate).square().sum() / 9
+
+    def held(model: Any, step: int) -> torch.Tensor:
+        return loss(2.0, gate, weights[0], weights[1])
+
+    def train(model: Any, step: int) -> torch.Tensor:
+        return loss(-1.0, gate, weights[0], weights[1])
+
+    gradients = torch.autograd.grad(train(model, 0), weights[:2], create_graph=True)
+    moved = [w - rate * g for (w, rate), g in zip(rates[:2], gradients, strict=True)]
+    expected = torch.autograd.grad(loss(2.0, gate, *moved), gate)[0]
+    for weight, gradient in zip(weights, gradients, strict=False):
+        weight.grad = gradient.detach()
+    before = [w.detach().clone() for w in weights]
+    value, (found,) = unrolled_gradients(model, [gate], rates, 0, held, train)
+    torch.testing.assert_close(value, loss(2.0, gate, *moved))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+    first = torch.autograd.grad(held(model, 0), gate)[0]
+    assert (found - first).abs().max() > 0.05
+    assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+
+
+def test_the_second_order_needs_bilevel_search() -> None:
+    with pytest.raises(SpecError, match="second_order is for bilevel search"):
+        SearchSettings(second_order=True)
 
 
 def test_held_out_batches_depend_on_the_step_alone() -> None:

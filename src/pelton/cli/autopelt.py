@@ -66,6 +66,9 @@ def autopelt(
         Literal["method", "block"], typer.Option(help="Decide over each method, or one method a block at most.")
     ] = "method",
     bilevel: Annotated[bool, typer.Option("--bilevel", help="Gates learn from validation rows.")] = False,
+    second_order: Annotated[
+        bool, typer.Option("--second-order", help="With --bilevel: they look one step of the weights ahead.")
+    ] = False,
     shape: Annotated[str, typer.Option(help="Examples x tokens of the inputs whose time counts.")] = "1x32",
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted search.")] = None,
 ) -> None:
@@ -81,6 +84,7 @@ def autopelt(
         sizes=dict(_sizes(text) for text in sizes or []),
         choose=choose,
         bilevel=bilevel,
+        second_order=second_order,
         alpha=alpha,
         beta=beta,
         budget_parameters=budget_params,

@@ -23,7 +23,7 @@ from pelton.search.latency_table import LatencyTable
 from pelton.search.learning import ArchitectureLearning, gates_of
 from pelton.search.picture import draw_architecture
 from pelton.search.price import Price
-from pelton.search.supernet import SearchSettings, held_out_rows, prepare_search
+from pelton.search.supernet import SearchSettings, labelled_rows, prepare_search
 from pelton.tasks.load import load_task
 from pelton.training.backbone import quiet
 from pelton.training.feasible import OF_GATES
@@ -110,7 +110,9 @@ def resume_search(path: Path | str, *, table: LatencyTable | None = None, progre
 
 
 def _learning(supernet: Recipe, settings: SearchSettings, price: Price) -> ArchitectureLearning:
-    return ArchitectureLearning(price, held_out_rows(supernet) if settings.bilevel else None, settings.warmup)
+    held_out = labelled_rows(supernet, "validation") if settings.bilevel else None
+    train = labelled_rows(supernet, "train") if settings.second_order else None
+    return ArchitectureLearning(price, held_out, settings.warmup, train)
 
 
 class _Noting(TrainerCallback):  # type: ignore[misc]

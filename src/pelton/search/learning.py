@@ -4,7 +4,8 @@ It works with any transformers Trainer whose model has an adapter under a `Gumbe
 
     single-level   gates and weights learn from the same batches
     bilevel        the weights learn from training batches, the gates from held-out ones (DARTS, Liu et al. 2018, arXiv
-                   1806.09055, section 2.3, its first-order form: the weights are taken as they are)
+                   1806.09055, section 2.3), with the weights as they are, its first-order form, or as they would be
+                   after the step that comes (`unrolled.py`)
 
 Before every optimiser step the gates' gradients get those of the price (`price.py`); in the bilevel form, what they
 have from the training batch is replaced by the gradient on a held-out batch first. Both are then part of one step of
@@ -28,6 +29,7 @@ from pelton.errors import TrainingError
 from pelton.gates.gumbel import GumbelGateModule
 from pelton.search.architecture import choosing_gates
 from pelton.search.price import Price
+from pelton.search.unrolled import unrolled_gradients
 from pelton.tuner.controls import tuners
 
 FILE = "search.json"
@@ -37,7 +39,7 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 class HeldOut:
-    """Batches that only gates learn from; the step says which, so that a resumed run sees the same."""
+    """Batches that gates learn from; the step says which, so that a resumed run sees the same."""
 
     def __init__(
         self,
@@ -89,9 +91,18 @@ class ArchitectureLearning(TrainerCallback):  # type: ignore[misc]
         trace: Expected costs and multipliers at every logged step.
     """
 
-    def __init__(self, price: Price, held_out: HeldOut | None = None, warmup: float = 0.1) -> None:
-        """Lets the gates wait for the first `warmup` share of the steps, in which only weights learn."""
-        self.price, self.held_out, self.warmup = price, held_out, warmup
+    def __init__(
+        self, price: Price, held_out: HeldOut | None = None, warmup: float = 0.1, train: HeldOut | None = None
+    ) -> None:
+        """Lets the gates wait for the first `warmup` share of the steps, in which only weights learn.
+
+        Args:
+            price: The costs, weights and budgets.
+            held_out: What gates learn from; the training batches when not given.
+            warmup: A share of the steps.
+            train: Training rows, with which gates look one step of the weights ahead.
+        """
+        self.price, self.held_out, self.warmup, self.train = price, held_out, warmup, train
         self.trace: list[dict[str, float]] = []
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -104,7 +115,7 @@ class ArchitectureLearning(TrainerCallback):  # type: ignore[misc]
                 budget.multiplier = values["multipliers"][name]
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **_: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **others: Any
     ) -> None:
         """Makes the gates' gradients what the search asks for."""
         gates = gates_of(model)
@@ -114,7 +125,7 @@ class ArchitectureLearning(TrainerCallback):  # type: ignore[misc]
             return
         logits = [gate.logits for gate in gates.values()]
         if self.held_out is not None:
-            self._learn_from(self.held_out, model, state.global_step, logits)
+            self._learn_from(self.held_out, model, state.global_step, logits, others["optimizer"])
         expected = self.price.expected({block: gate.probabilities() for block, gate in gates.items()})
         for logit, gradient in zip(logits, torch.autograd.grad(self.price.term(expected), logits), strict=True):
             logit.grad = gradient if logit.grad is None else logit.grad + gradient
@@ -124,14 +135,24 @@ class ArchitectureLearning(TrainerCallback):  # type: ignore[misc]
             prices = {f"{name}_price": budget.multiplier for name, budget in self.price.budgets.items()}
             self.trace.append({"step": state.global_step, **costs, **prices})
 
-    def _learn_from(self, held_out: HeldOut, model: nn.Module, step: int, logits: list[nn.Parameter]) -> None:
-        loss = held_out.loss(model, step)
+    def _learn_from(
+        self, held_out: HeldOut, model: nn.Module, step: int, logits: list[nn.Parameter], optimizer: Any
+    ) -> None:
+        if self.train is None:
+            loss = held_out.loss(model, step)
+            gradients: Sequence[Tensor] = torch.autograd.grad(loss, logits)
+        else:
+            gates = set(map(id, logits))
+            rates = [
+                (p, group["lr"]) for group in optimizer.param_groups for p in group["params"] if id(p) not in gates
+            ]
+            loss, gradients = unrolled_gradients(model, logits, rates, step, held_out.loss, self.train.loss)
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"The search stopped at step {step + 1}: the held-out loss is {loss.item()}. Lower "
                 "training.learning_rate, or check the validation rows."
             )
-        for logit, gradient in zip(logits, torch.autograd.grad(loss, logits), strict=True):
+        for logit, gradient in zip(logits, gradients, strict=True):
             logit.grad = gradient
 
     def on_epoch_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

@@ -36,6 +36,7 @@ class SearchSettings:
         sizes: Candidate sizes by method; a quarter, half and all of its own size where a method is not named.
         choose: "method" decides over each method of a block by itself, "block" lets a block have one at most.
         bilevel: Gates learn from validation rows instead of training rows.
+        second_order: They do so with the weights as they would be after the coming step; three more passes a step.
         alpha: Weight of the expected latency, as a share of the backbone's time.
         beta: Weight of the expected parameters, as a share of all.
         budget_parameters: The most parameters of methods; up to 1 a share of all of them.
@@ -51,6 +52,7 @@ class SearchSettings:
     sizes: Mapping[str, Sequence[int]] = field(default_factory=dict)
     choose: Literal["method", "block"] = "method"
     bilevel: bool = False
+    second_order: bool = False
     alpha: float = 0.0
     beta: float = 0.0
     budget_parameters: float | None = None
@@ -67,6 +69,7 @@ class SearchSettings:
         require(0 <= self.warmup < 1, "0 <= warmup < 1", warmup=self.warmup)
         require(self.gate_learning_rate > 0, "gate_learning_rate > 0", gate_learning_rate=self.gate_learning_rate)
         require(min(self.temperature) > 0, "temperature > 0", temperature=self.temperature)
+        require(self.bilevel or not self.second_order, "second_order is for bilevel search", bilevel=self.bilevel)
 
     @property
     def needs_times(self) -> bool:
@@ -171,15 +174,15 @@ def _supernet(recipe: Recipe, settings: SearchSettings, methods: Sequence[Method
     return recipe.model_copy(update={"name": f"{recipe.name}-search", "adapter": adapter, "training": training})
 
 
-def held_out_rows(recipe: Recipe) -> HeldOut:
-    """Returns the validation rows, labelled."""
+def labelled_rows(recipe: Recipe, split: str) -> HeldOut:
+    """Returns the rows of a split that gates learn from."""
     training = recipe.training
     data = load_task(recipe.task, training.seed)
-    held = data.splits.get("validation")
-    if held is None:
+    rows = data.splits.get(split)
+    if rows is None:
         return HeldOut([], dict, 1, 0)  # which says what is missing
     processor = load_processor(recipe.backbone, data.task)
-    features = data.task.encode(held.inputs, processor, held.targets)
-    criterion = make_loss(training.loss, data.task, held.targets)
+    features = data.task.encode(rows.inputs, processor, rows.targets)
+    criterion = make_loss(training.loss, data.task, rows.targets)
     collate: Any = data.task.collator(processor)
     return HeldOut(features, collate, training.batch_size, training.seed, criterion)
