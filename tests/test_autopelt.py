@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pelton.search.architecture import Architecture, chosen
 from pelton.search.autopelt import resume_search, search, searched_recipe
 from pelton.search.choose import by_importance, fits, random_architecture, uniform, within
 from pelton.search.costs import Choices
+from pelton.search.finish import finish
 from pelton.search.latency_table import Entry, LatencyTable, plain_spec
 from pelton.search.learning import HeldOut, gates_of
 from pelton.search.picture import draw_architecture, label, shade
@@ -263,6 +265,26 @@ def test_inherited_weights_begin_where_the_search_ended(make: Make) -> None:
     assert trained.folder.read("metrics")["validation"] == pytest.approx(found.metrics, abs=1e-5)
 
 
+def test_what_was_found_is_trained_both_ways(make: Make, tmp_path: Path) -> None:
+    found = search(make(SEARCHED, epochs=2), SearchSettings(beta=0.01))
+    finished = finish(found)
+    assert list(finished.runs) == ["scratch", "inherited"]
+    assert finished.scores[finished.best] == max(finished.scores.values())
+    assert finished.run is finished.runs[finished.best]
+    starts = {start: run.recipe.adapter.start for start, run in finished.runs.items() if run.recipe.adapter is not None}
+    assert starts == {"scratch": None, "inherited": str(found.run.folder.path / "derived")}
+    shapes = [{n: p.shape for n, p in weights(run).items()} for run in finished.runs.values()]
+    assert shapes[0] == shapes[1]
+    with pytest.raises(TrainingError, match=r"no validation rows to choose between two trainings by"):
+        finish(dataclasses.replace(found, metrics={}))
+    empty = Architecture(METHODS, {})
+    alone = finish(
+        dataclasses.replace(found, architecture=empty, recipe=searched_recipe(found.recipe, empty, ANATOMY), metrics={})
+    )
+    assert alone.best == "scratch"
+    assert list(alone.runs) == ["scratch"]
+
+
 @pytest.mark.parametrize("order", [0, 1, 2])
 def test_an_interrupted_search_finds_the_same(make: Make, order: int, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = SearchSettings(budget_parameters=0.5, bilevel=order > 0, second_order=order > 1)
@@ -464,6 +486,10 @@ def test_the_command_searches(make: Make, tmp_path: Path, capsys: pytest.Capture
     out = capsys.readouterr().out
     assert "architecture.yaml" in out
     assert "parameters" in out
+    assert command(["autopelt", str(recipe), "--budget-params", "0.5", "--train"]) == 0
+    trained = capsys.readouterr().out.splitlines()[-2:]
+    assert [line.split()[0] for line in trained] == ["scratch", "inherited"]
+    assert sum(line.endswith("better") for line in trained) == 1
     for arguments, message in (
         ([str(recipe), "--sizes", "lora:1"], "expected sizes such as lora=2,4,8"),
         ([str(recipe), "--shape", "8"], "expected examples x tokens such as 8x64"),

@@ -70,6 +70,10 @@ def autopelt(
         bool, typer.Option("--second-order", help="With --bilevel: they look one step of the weights ahead.")
     ] = False,
     shape: Annotated[str, typer.Option(help="Examples x tokens of the inputs whose time counts.")] = "1x32",
+    train: Annotated[
+        bool,
+        typer.Option("--train", help="Then train it, from scratch and from the search's weights; the better counts."),
+    ] = False,
     resume: Annotated[Path | None, typer.Option(metavar="RUN", help="Go on with an interrupted search.")] = None,
 ) -> None:
     """Search which of a recipe's methods each block should keep; writes a recipe for `pelton fit`."""
@@ -100,6 +104,19 @@ def autopelt(
         print(f"pelton: Interrupted. Go on with: pelton autopelt --resume {error.folder}", file=sys.stderr)
         raise typer.Exit(130) from error
     _found(found)
+    if train:
+        _train(found)
+
+
+def _train(found: Found) -> None:
+    """Trains what was found, and prints how it went."""
+    from pelton.search.finish import finish
+
+    finished = finish(found, progress=True)
+    for start, run in finished.runs.items():
+        score = f"{finished.scores[start]:.4f} (validation)  " if start in finished.scores else ""
+        better = "  better" if start == finished.best and len(finished.runs) > 1 else ""
+        print(f"{start:<11}{score}{run.folder.path}{better}")
 
 
 def _tell(line: str) -> None:
