@@ -201,6 +201,8 @@ def test_means_deviations_and_ranks() -> None:
     assert summary["mean"].to_dict() == {"x": 5.5, "y": 5.0}
     assert summary["rank"].to_dict() == {"x": 1.5, "y": 1.5}
     assert summary["std"]["x"] == pytest.approx(np.std([5.0, 6.0], ddof=1))
+    last = (table["task"] == table["task"].iloc[-1]) & (table["seed"] == table["seed"].max())
+    assert over_tasks(table[~last])["std"].to_dict() == {"x": 0.0, "y": 0.0}  # one seed is left that has every task
 
 
 def test_only_what_every_method_finished_is_compared() -> None:

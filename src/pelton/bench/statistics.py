@@ -55,10 +55,14 @@ def cells(table: pd.DataFrame) -> dict[tuple[str, str], Score]:
 def over_tasks(table: pd.DataFrame) -> pd.DataFrame:
     """Returns each method's mean over tasks of its task means, the deviation of that over seeds, and its mean rank.
 
-    Rank 1 is the best method of a task; methods with the same score share the mean of their ranks.
+    Only seeds that have every task count for the deviation: means over different tasks differ by their tasks. Rank 1
+    is the best method of a task; methods with the same score share the mean of their ranks.
     """
     means = table.pivot_table(index="task", columns="method", values="score")
     seeds = table.pivot_table(index="seed", columns="method", values="score")
+    seeds = seeds.where(
+        table.pivot_table(index="seed", columns="method", values="task", aggfunc="nunique") == len(means)
+    )
     ranks = means.rank(axis=1, ascending=False)
     return pd.DataFrame({"mean": means.mean(), "std": seeds.std().fillna(0.0), "rank": ranks.mean()})
 
