@@ -494,6 +494,8 @@ def test_the_command_searches(make: Make, tmp_path: Path, capsys: pytest.Capture
         ([str(recipe), "--sizes", "lora:1"], "expected sizes such as lora=2,4,8"),
         ([str(recipe), "--shape", "8"], "expected examples x tokens such as 8x64"),
         ([], "give either a recipe or --resume RUN"),
+        (["--resume", str(tmp_path), "--beta", "0.1"], "goes on as the search began"),
+        (["--resume", str(tmp_path), "--set", "training.epochs=9"], "goes on as the search began"),
         ([str(recipe), "--budget-params", "1e12"], "<= budget_parameters <="),
     ):
         assert command(["autopelt", *arguments]) == 2

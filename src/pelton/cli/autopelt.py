@@ -95,6 +95,8 @@ def autopelt(
         budget_latency=budget_latency,
         shape=_shape(shape),
     )
+    if resume is not None and (overrides or settings != SearchSettings()):
+        raise typer.BadParameter("--resume goes on as the search began: of the other options only --train goes with it")
     try:
         if resume is not None:
             found = resume_search(resume, progress=True)
