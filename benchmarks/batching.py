@@ -38,7 +38,7 @@ from transformers.trainer_pt_utils import LengthGroupedSampler  # noqa: E402
 from transformers.utils import logging  # noqa: E402
 
 from pelton import PeltonConfig  # noqa: E402
-from pelton.tasks.tables import read_table  # noqa: E402
+from pelton.tasks.files import read_table  # noqa: E402
 from pelton.training.batching import TokenBatches, feature_lengths  # noqa: E402
 from pelton.training.optimizer import make_optimizer, parameter_groups  # noqa: E402
 from pelton.training.recipe import TrainingSettings  # noqa: E402

@@ -30,12 +30,13 @@ from pelton import PeltonConfig
 from pelton.cli.main import run as pelton
 from pelton.errors import DataError, RecipeError
 from pelton.tasks.answers import AnswerSettings, QuestionAnswering
+from pelton.tasks.files import read_table
 from pelton.tasks.load import load_task
 from pelton.tasks.questions import Gold, Question
 from pelton.tasks.spans import Span, Window, best_spans, null_score
 from pelton.tasks.splits import load_splits
 from pelton.tasks.squad import normalise, squad_metrics
-from pelton.tasks.tables import Table, read_table
+from pelton.tasks.tables import Table
 from pelton.tasks.windows import Cut, encode_windows
 from pelton.training.backbone import attach
 from pelton.training.fit import fit

@@ -29,13 +29,14 @@ import law
 from pelton import MLPGate, PeltonConfig
 from pelton.errors import DataError, PeltonError, RecipeError
 from pelton.methods import MethodSpec
-from pelton.tasks.causal import CausalLM, CausalSettings
+from pelton.tasks.causal import CausalLM
+from pelton.tasks.causal_settings import CausalSettings
 from pelton.tasks.completions import IGNORED
 from pelton.tasks.conversations import Prompt
 from pelton.tasks.decoding import judge
+from pelton.tasks.files import read_table
 from pelton.tasks.load import load_task
 from pelton.tasks.packing import best_fit, pad, require_packable
-from pelton.tasks.tables import read_table
 from pelton.training.backbone import adapter_config
 from pelton.training.feasible import require_adapter
 from pelton.training.fit import Interrupted, fit, resume

@@ -16,11 +16,12 @@ from pelton.errors import DataError
 from pelton.tasks.base import Examples
 from pelton.tasks.classification import ClassificationSettings
 from pelton.tasks.columns import find_texts
+from pelton.tasks.files import read_table
 from pelton.tasks.labels import find_labels
 from pelton.tasks.load import load_task
 from pelton.tasks.sampling import few_shot, hold_back
 from pelton.tasks.splits import load_splits
-from pelton.tasks.tables import Table, read_table
+from pelton.tasks.tables import Table
 from tiny import save_data, save_tokenizer, sentences, write_csv, write_jsonl
 
 

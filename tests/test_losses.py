@@ -17,7 +17,8 @@ from fits import GATED, At, Make, assert_same, press_ctrl_c, weights
 from law import attached
 from pelton import MLPGate, PeltonConfig, gate_penalty
 from pelton.errors import RecipeError
-from pelton.tasks.causal import CausalLM, CausalSettings
+from pelton.tasks.causal import CausalLM
+from pelton.tasks.causal_settings import CausalSettings
 from pelton.tasks.load import KINDS
 from pelton.tasks.seq2seq import Seq2SeqSettings, SequenceToSequence
 from pelton.tasks.tokens import TokenSettings

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer
 
 from pelton.errors import DataError, RecipeError
 from pelton.tasks import streams
-from pelton.tasks.causal import CausalSettings
+from pelton.tasks.causal_settings import CausalSettings
 from pelton.tasks.classification import ClassificationSettings
 from pelton.tasks.load import load_task
 from pelton.tasks.regression import RegressionSettings
@@ -174,7 +174,7 @@ def test_nothing_is_said_when_a_process_ends_in_a_stream(tmp_path: Path) -> None
     for name in ("a.jsonl", "a.csv", "a.parquet"):
         path = write(tmp_path / name, sentences(9))
         code = (
-            "from pathlib import Path; from pelton.tasks.tables import read_chunks\n"
+            "from pathlib import Path; from pelton.tasks.files import read_chunks\n"
             f"rows = read_chunks(Path({str(path)!r}), 2); next(rows)"
         )
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

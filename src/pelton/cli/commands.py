@@ -96,7 +96,7 @@ def predict(
     if len(pair or text or []) != len(text or []):
         raise typer.BadParameter("give one --pair for each --text")
     from pelton.cli import show
-    from pelton.tasks.tables import read_table
+    from pelton.tasks.files import read_table
     from pelton.training.run import Run
 
     trained = Run.load(run)
@@ -118,7 +118,7 @@ def evaluate(
 ) -> None:
     """Compute a run's metrics; prints JSON."""
     from pelton.cli import show
-    from pelton.tasks.tables import read_table
+    from pelton.tasks.files import read_table
     from pelton.training.run import Run
 
     trained = Run.load(run)

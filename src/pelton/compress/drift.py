@@ -17,8 +17,8 @@ from pelton.errors import DataError
 from pelton.insight.drift import GateDrift, gate_drift
 from pelton.insight.monitor import names_of, revivable
 from pelton.tasks.base import Task
+from pelton.tasks.files import read_table
 from pelton.tasks.load import load_task
-from pelton.tasks.tables import read_table
 from pelton.training.gate_values import gate_frame, spread
 from pelton.training.run import Run
 

@@ -11,7 +11,8 @@ from pydantic import Field
 from pelton.errors import DataError
 from pelton.tasks.answers import AnswerSettings, QuestionAnswering
 from pelton.tasks.base import Examples, Task
-from pelton.tasks.causal import CausalLM, CausalSettings
+from pelton.tasks.causal import CausalLM
+from pelton.tasks.causal_settings import CausalSettings
 from pelton.tasks.classification import ClassificationSettings, TextClassification
 from pelton.tasks.glue import GlueSettings
 from pelton.tasks.images import ImageClassification, ImageSettings

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from pelton.errors import DataError, nearest, unknown
+from pelton.tasks.files import READERS, extension, read_table
 from pelton.tasks.pictures import holds_folders
 from pelton.tasks.settings import TaskSettings
-from pelton.tasks.tables import READERS, Table, extension, from_dataset, read_table
+from pelton.tasks.tables import Table, from_dataset
 
 SPLITS = {
     "train": ("train", "training"),

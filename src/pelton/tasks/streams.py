@@ -10,9 +10,10 @@ import datasets
 
 from pelton.errors import DataError
 from pelton.tasks.base import Examples, Task
+from pelton.tasks.files import read_chunks
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.splits import training_file
-from pelton.tasks.tables import Table, read_chunks
+from pelton.tasks.tables import Table
 
 CHUNK = 1000
 """Rows that are read, checked and encoded together; the scale of a regression is that of the first so many."""

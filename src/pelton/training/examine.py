@@ -11,10 +11,10 @@ import yaml
 from pelton.errors import RecipeError
 from pelton.tasks.check import check_data, guess_kind
 from pelton.tasks.classification import ClassificationSettings
+from pelton.tasks.files import READERS, extension
 from pelton.tasks.findings import DataReport
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.splits import PREFIX, load_splits
-from pelton.tasks.tables import READERS, extension
 from pelton.training.backbone import load_processor, quiet
 from pelton.training.loading import load_recipe, parse_recipe, shipped_recipes
 from pelton.training.scratch import is_new
