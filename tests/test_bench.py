@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import multiprocessing
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,8 @@ def test_means_deviations_and_ranks() -> None:
     assert summary["rank"].to_dict() == {"x": 1.5, "y": 1.5}
     assert summary["std"]["x"] == pytest.approx(np.std([5.0, 6.0], ddof=1))
     last = (table["task"] == table["task"].iloc[-1]) & (table["seed"] == table["seed"].max())
-    assert over_tasks(table[~last])["std"].to_dict() == {"x": 0.0, "y": 0.0}  # one seed is left that has every task
+    assert over_tasks(table[~last])["std"].isna().all()  # one seed is left that has every task
+    assert np.isnan(cells(table[table["seed"] == 0])["a", "x"].std)
 
 
 def test_only_what_every_method_finished_is_compared() -> None:
@@ -222,6 +224,14 @@ def test_the_bootstrap_pairs_runs() -> None:
     assert found.better == 1.0
     same = paired_bootstrap(frame({key: value for key, value in values.items() if key[1] == "x"}), "x", "x")
     assert (same.difference, same.low, same.high) == (0.0, 0.0, 0.0)
+
+
+def test_a_task_that_is_drawn_twice_draws_its_seeds_twice() -> None:
+    values = {(t, "y", s): d for t, (s, d) in itertools.product("abcdef", enumerate((-2.0, 0.0, 2.0)))}
+    found = paired_bootstrap(frame(values | {(t, "x", s): 0.0 for t, _, s in values}), "y", "x")
+    expected = 1.96 * math.sqrt(8 / 3 / 18)  # the deviation of the mean of 18 independent draws of -2, 0, 2
+    assert found.high == pytest.approx(expected, rel=0.1)
+    assert found.low == pytest.approx(-expected, rel=0.1)
 
 
 def test_the_best_single_method_is_no_combination(grid: Grid) -> None:
@@ -264,17 +274,30 @@ def test_an_interrupted_benchmark_goes_on_where_it_stopped(place: Path, tmp_path
         Protocol(str(place / "data"), str(place / "backbone"), fixed_steps=5), ["cola"], [8], ["head", "pelton"], [0, 1]
     )
     journal, told = Journal(tmp_path / "bench.jsonl"), list[str]()
-    assert work(grid, journal, told.append, limit=1) == 1
+    assert work(grid, journal, told.append, limit=1).trained == 1
     first = journal.records()[0]
-    assert work(grid, journal, told.append) == 5
+    assert work(grid, journal, told.append).trained == 5
     assert journal.records()[0] == first
     assert progress(grid, journal.records()) == (6, 6)
-    assert work(grid, journal, told.append) == 0
+    assert work(grid, journal, told.append).trained == 0
     assert len(told) == 6
     head, pelton = (next(r for r in journal.records() if r["method"] == name) for name in ("head", "pelton"))
     assert head["trainable"] < pelton["trainable"]
     assert set(pelton["metrics"]) >= {"matthews", "accuracy"}
     assert pelton["test"] == pelton["metrics"]["matthews"]
+
+
+def test_a_run_that_fails_stops_no_other(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "bench.jsonl"
+    options = ["--data", str(place / "data"), "--backbone", str(place / "backbone"), "--tasks", "cola", "--steps", "5"]
+    options += ["--examples", "8,5000", "--methods", "head", "--seeds", "1", "--out", str(out)]
+    assert run(["bench", *options]) == 1
+    said = capsys.readouterr()
+    assert [json.loads(line)["examples"] for line in out.read_text().splitlines()] == [8, 8]
+    assert "### 8 training examples" in said.out
+    assert "cola 5000 head 0.001 seed 0 failed: " in said.err
+    assert "2 runs could not be trained: " in said.err
+    assert "The same command tries again." in said.err
 
 
 def test_from_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import pandas as pd
 
 from pelton.bench.grid import Grid
 from pelton.bench.journal import Record
-from pelton.bench.protocol import METHODS
 from pelton.bench.statistics import (
     Comparison,
     Score,
@@ -56,6 +56,8 @@ def _section(grid: Grid, table: pd.DataFrame, size: int) -> str:
     missing = [task for task in grid.tasks if task not in tasks]
     if missing:
         lines += ["", f"Not finished with every method, and so not in the means: {', '.join(missing)}."]
+    if len(every) < len(here):
+        lines += ["", "Cells are over all finished seeds of their task, means over those that every method has."]
     if len(tasks) > 0:
         lines += ["", f"Means over {_count(tasks, 'task')}, {_count(seeds, 'seed')} ({', '.join(map(str, seeds))})."]
         lines += [_sentence(comparison) for comparison in comparisons(every)]
@@ -85,7 +87,7 @@ def _scores(grid: Grid, here: pd.DataFrame, every: pd.DataFrame) -> list[str]:
     for method in grid.methods:
         row = [_cell(by_cell.get((task, method))) for task in grid.tasks]
         known = summary.get(method)
-        row += [f"**{known['mean']:.2f}** ± {known['std']:.2f}", f"{known['rank']:.1f}"] if known else ["–", "–"]
+        row += [f"**{known['mean']:.2f}**{_spread(known['std'], 2)}", f"{known['rank']:.1f}"] if known else ["–", "–"]
         if of_glue is not None:
             row += [f"{of_glue[method]:.2f}" if method in of_glue else "–"]
         row += [f"{int(trainable[method]):,}" if method in trainable else "–"]
@@ -97,11 +99,16 @@ def _scores(grid: Grid, here: pd.DataFrame, every: pd.DataFrame) -> list[str]:
 def _cell(score: Score | None) -> str:
     if score is None:
         return "–"
-    return f"{score.mean:.1f} ± {score.std:.1f}" if score.seeds > 1 else f"{score.mean:.1f} (1 seed)"
+    return f"{score.mean:.1f}{_spread(score.std, 1) if score.seeds > 1 else ' (1 seed)'}"
+
+
+def _spread(std: float, digits: int) -> str:
+    """Returns a deviation as it stands behind its mean; nothing of a single seed, of which there is none."""
+    return "" if math.isnan(std) else f" ± {std:.{digits}f}"
 
 
 def _sentence(found: Comparison) -> str:
-    kind = "" if found.right == "full" or found.right not in METHODS else ", the best single method,"
+    kind = "" if found.right == "full" else ", the best single method,"
     return (
         f"{found.left} − {found.right}{kind} is {found.difference:+.2f} points "
         f"(95 % interval {found.low:+.2f} to {found.high:+.2f}, better in {found.better:.0%} of the resamples)."

@@ -35,7 +35,7 @@ def complete(table: pd.DataFrame, methods: Sequence[str], tasks: Sequence[str], 
 
 @dataclass(frozen=True)
 class Score:
-    """A mean over seeds, its standard deviation (0 of one seed), and how many there are."""
+    """A mean over seeds, its standard deviation (NaN of one seed), and how many there are."""
 
     mean: float
     std: float
@@ -47,16 +47,16 @@ def cells(table: pd.DataFrame) -> dict[tuple[str, str], Score]:
     grouped = cast(Any, table.groupby(["task", "method"])["score"])
     found = {}
     for (task, method), scores in grouped:
-        std = float(scores.std()) if len(scores) > 1 else 0.0
-        found[str(task), str(method)] = Score(float(scores.mean()), std, len(scores))
+        found[str(task), str(method)] = Score(float(scores.mean()), float(scores.std()), len(scores))
     return found
 
 
 def over_tasks(table: pd.DataFrame) -> pd.DataFrame:
     """Returns each method's mean over tasks of its task means, the deviation of that over seeds, and its mean rank.
 
-    Only seeds that have every task count for the deviation: means over different tasks differ by their tasks. Rank 1
-    is the best method of a task; methods with the same score share the mean of their ranks.
+    Only seeds that have every task count for the deviation, which is NaN where fewer than two do: means over different
+    tasks differ by their tasks. Rank 1 is the best method of a task; methods with the same score share the mean of
+    their ranks.
     """
     means = table.pivot_table(index="task", columns="method", values="score")
     seeds = table.pivot_table(index="seed", columns="method", values="score")
@@ -64,7 +64,7 @@ def over_tasks(table: pd.DataFrame) -> pd.DataFrame:
         table.pivot_table(index="seed", columns="method", values="task", aggfunc="nunique") == len(means)
     )
     ranks = means.rank(axis=1, ascending=False)
-    return pd.DataFrame({"mean": means.mean(), "std": seeds.std().fillna(0.0), "rank": ranks.mean()})
+    return pd.DataFrame({"mean": means.mean(), "std": seeds.std(), "rank": ranks.mean()})
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,11 @@ def paired_bootstrap(table: pd.DataFrame, left: str, right: str, seed: int = 0) 
     pairs = (wide[left] - wide[right]).dropna()
     by_task = [group.to_numpy() for _, group in pairs.groupby(level="task")]
     random = np.random.default_rng(seed)
-    drawn = np.stack([random.choice(group, size=(RESAMPLES, len(group))).mean(axis=1) for group in by_task])  # [K, N]
     which = random.integers(len(by_task), size=(len(by_task), RESAMPLES))
-    means = np.take_along_axis(drawn, which, axis=0).mean(axis=0)
+    drawn = np.empty(which.shape)  # a task that is drawn twice draws its seeds twice
+    for task, group in enumerate(by_task):
+        drawn[which == task] = random.choice(group, size=(int((which == task).sum()), len(group))).mean(axis=1)
+    means = drawn.mean(axis=0)
     low, high = np.quantile(means, [0.025, 0.975])
     difference = float(np.mean([group.mean() for group in by_task]))
     return Comparison(left, right, difference, float(low), float(high), float((means > 0).mean()))

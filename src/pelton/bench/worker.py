@@ -5,19 +5,36 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from pelton.bench.grid import Grid
 from pelton.bench.journal import Journal, Record
 from pelton.bench.protocol import Cell
+from pelton.errors import PeltonError
 from pelton.tasks.glue import GLUE, glue_score
 from pelton.version import __version__
 
 WAIT_SECONDS = 10.0
 
 
-def work(grid: Grid, journal: Journal, tell: Callable[[str], None], *, limit: int | None = None) -> int:
-    """Trains until every cell is finished, or others train what is left; returns how many it trained.
+@dataclass
+class Worked:
+    """What one worker did.
+
+    Attributes:
+        trained: Cells that it trained.
+        failed: Those that it could not train, with the reason; whoever works on the journal next tries them again.
+    """
+
+    trained: int = 0
+    failed: dict[Cell, str] = field(default_factory=dict)
+
+
+def work(grid: Grid, journal: Journal, tell: Callable[[str], None], *, limit: int | None = None) -> Worked:
+    """Trains until every cell is finished, or others train what is left.
+
+    A cell that cannot be trained (too few rows, a loss that diverged) is told of and left; the others go on.
 
     Args:
         grid: The cells.
@@ -26,35 +43,44 @@ def work(grid: Grid, journal: Journal, tell: Callable[[str], None], *, limit: in
         limit: Trains at most so many.
 
     Raises:
-        DataError: a task's folder is missing, or its data is broken; what is finished stays in the journal.
+        DataError: a task's folder is missing.
     """
     if limit != 0:
         grid.protocol.require_data(grid.tasks)
-    trained = 0
-    while limit is None or trained < limit:
-        cell = _next(grid, journal, tell)
-        if cell is None:
-            if not any(True for _ in grid.open(journal.records())):
-                break
-            time.sleep(WAIT_SECONDS)  # others hold every open cell; the rates they choose open further ones
+    done = Worked()
+    while limit is None or done.trained < limit:
+        if _next(grid, journal, tell, done.failed):
+            done.trained += 1
+        elif all(cell in done.failed for cell in grid.open(journal.records())):
+            break
         else:
-            trained += 1
-    return trained
+            time.sleep(WAIT_SECONDS)  # others hold every open cell; the rates they choose open further ones
+    return done
 
 
-def _next(grid: Grid, journal: Journal, tell: Callable[[str], None]) -> Cell | None:
-    """Trains the first open cell that nobody holds."""
+def _next(grid: Grid, journal: Journal, tell: Callable[[str], None], failed: dict[Cell, str]) -> bool:
+    """Trains the first open cell that nobody holds and that did not fail here; tells whether there was one."""
     for cell in grid.open(journal.records()):
+        if cell in failed:
+            continue
         key = grid.key(cell)
         with journal.claim(key) as mine:
             if not mine or any(record["fingerprint"] == key for record in journal.records()):
                 continue
-            record = train(grid, cell)
+            try:
+                record = train(grid, cell)
+            except PeltonError as error:
+                failed[cell] = str(error)
+                tell(f"{_name(cell)} failed: {error}")
+                continue
             journal.append(record)
-            score, seconds = record["test"], record["seconds"]
-            tell(f"{cell.task} {cell.examples} {cell.method} {cell.rate:g} seed {cell.seed}: {score:.4f} ({seconds} s)")
-            return cell
-    return None
+            tell(f"{_name(cell)}: {record['test']:.4f} ({record['seconds']} s)")
+            return True
+    return False
+
+
+def _name(cell: Cell) -> str:
+    return f"{cell.task} {cell.examples} {cell.method} {cell.rate:g} seed {cell.seed}"
 
 
 def train(grid: Grid, cell: Cell) -> Record:

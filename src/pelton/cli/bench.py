@@ -46,11 +46,16 @@ def bench(
         done, every = progress(grid, journal.records())
         print(f"[{done}/{every}] {line}", file=sys.stderr, flush=True)
 
-    work(grid, journal, tell, limit=limit)
+    failed = work(grid, journal, tell, limit=limit).failed
     print(markdown(grid, journal.records()))
     if report is not None:
         for path in write(grid, journal.records(), report):
             print(path, file=sys.stderr)
+    if failed:
+        runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
+        why = "; ".join(dict.fromkeys(failed.values()))
+        print(f"pelton: {runs} could not be trained: {why} The same command tries again.", file=sys.stderr)
+        raise typer.Exit(1)
 
 
 def _names(text: str) -> list[str]:
