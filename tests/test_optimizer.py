@@ -98,6 +98,17 @@ def test_rates_fall_by_the_factor_for_each_block() -> None:
     assert len(found) == len(set(found)) == len(list(ARCHS["bert"].build().parameters()))
 
 
+@pytest.mark.parametrize("name", ["t5", "bart", "llama", "gpt2"])
+def test_a_language_models_pretrained_head_is_backbone(name: str) -> None:
+    model = ARCHS[name].build()
+    settings = TrainingSettings(backbone_learning_rate=0.5, layer_decay=0.5, l2_sp=0.1)
+    groups = parameter_groups(model, settings, new_head=False)
+    assert {group["name"].split(".")[0] for group in groups} == {"backbone"}
+    assert max(group["lr"] for group in groups) == 0.5 > min(group["lr"] for group in groups)
+    held = trained_groups(model, new_head=False)
+    assert {id(p) for _, p in held["backbone"]} == {id(p) for p in model.parameters()}
+
+
 def test_without_decay_the_backbone_is_one_group() -> None:
     groups = parameter_groups(ARCHS["bert"].build(), TrainingSettings())
     assert {group["name"] for group in groups} == {"head", "backbone"}

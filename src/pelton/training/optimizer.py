@@ -52,9 +52,15 @@ def learning_rates(settings: TrainingSettings) -> dict[str, float]:
     }
 
 
-def trained_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
-    """Returns the trainable parameters with their names, by group."""
-    prefix = None if tuners(model) else getattr(model, "base_model_prefix", None)
+def trained_groups(model: nn.Module, new_head: bool = True) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    """Returns the trainable parameters with their names, by group.
+
+    Args:
+        model: With an adapter, or trained whole.
+        new_head: Whether what stands beside a whole model's pretrained part is new. A language model's is not: its
+            head, encoder and decoder, whichever way they are nested, are the backbone.
+    """
+    prefix = getattr(model, "base_model_prefix", None) if new_head and not tuners(model) else None
     groups: dict[str, list[tuple[str, nn.Parameter]]] = {"methods": [], "gates": [], "head": [], "backbone": []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -62,15 +68,20 @@ def trained_groups(model: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]
     return groups
 
 
-def parameter_groups(model: nn.Module, settings: TrainingSettings) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, settings: TrainingSettings, new_head: bool = True) -> list[dict[str, Any]]:
     """Groups the trainable parameters for AdamW.
 
     Gates and vectors (biases, norms, scales) are not decayed, nor is what L2-SP holds instead (Li et al. 2018).
 
+    Args:
+        model: See `trained_groups`.
+        settings: The recipe's.
+        new_head: See `trained_groups`.
+
     Raises:
         TrainingError: nothing is trainable.
     """
-    found, rates = trained_groups(model), learning_rates(settings)
+    found, rates = trained_groups(model, new_head), learning_rates(settings)
     if not any(found.values()):
         raise TrainingError(
             "The model has no trainable parameter. Attach an adapter or set adapter=null in the recipe."

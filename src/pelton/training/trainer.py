@@ -71,10 +71,11 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         self.model_accepts_loss_kwargs = task.loss_counts_tokens
         self.remove_callback(PrinterCallback)
         log_into(self, folder.logs)
+        self.new_head = task.new_head
         self.criterion = make_loss(settings.loss, task, targets)
         if settings.loss.label_smoothing and self.criterion is None:
             self.label_smoother: Any = LabelSmoother(settings.loss.label_smoothing)
-        self.anchor = make_anchor(trained_groups(self.model), settings.l2_sp, settings.l2_head)
+        self.anchor = make_anchor(trained_groups(self.model, task.new_head), settings.l2_sp, settings.l2_head)
         self.sampler = make_sampler(settings, self.train_dataset, targets, self.accelerator.num_processes)
         if self.sampler is not None:
             self.add_callback(EachEpoch(self.sampler.generator, settings.seed))
@@ -85,7 +86,7 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """Makes AdamW over the groups of `parameter_groups`."""
         if self.optimizer is None:
-            self.optimizer: Any = make_optimizer(parameter_groups(model or self.model, self.settings))
+            self.optimizer: Any = make_optimizer(parameter_groups(model or self.model, self.settings, self.new_head))
         return self.optimizer
 
     def get_train_dataloader(self) -> DataLoader[Any]:
