@@ -21,7 +21,7 @@ from pelton.tasks.labels import find_labels
 from pelton.tasks.load import load_task
 from pelton.tasks.sampling import few_shot, hold_back
 from pelton.tasks.splits import load_splits
-from pelton.tasks.tables import Table
+from pelton.tasks.tables import Table, from_dataset
 from tiny import save_data, save_tokenizer, sentences, write_csv, write_jsonl
 
 
@@ -293,6 +293,55 @@ def test_files_that_are_missing_unreadable_or_ambiguous_are_named(tmp_path: Path
     (tmp_path / "label_names.json").write_text(json.dumps(["a", "a"]))
     with pytest.raises(DataError, match="a list of different names"):
         load_splits(task(tmp_path))
+
+
+def test_a_class_without_rows_is_named(tmp_path: Path) -> None:
+    rows = [{"text": f"{i}", "label": i % 2} for i in range(20)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    (tmp_path / "label_names.json").write_text('["off", "on", "unused"]')
+    _, splits = load(task(tmp_path, shots=3, validation_fraction=0.0), seed=0)
+    assert any("no row is of class 'unused', so nothing is learned of it" in note for note in splits["train"].notes)
+
+
+def test_fewer_rows_than_asked_for_are_named_by_their_file(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "train.jsonl", [{"text": f"{i}", "label": "ab"[i % 2]} for i in range(20)])
+    for asked, message in (
+        ({"examples": 30}, r"train.jsonl: task.examples asks for 30 rows, but there are 20 to draw from"),
+        ({"shots": 11}, r"train.jsonl: task.shots asks for 11 training examples of each class, but class 'a' has 10"),
+    ):
+        with pytest.raises(DataError, match=message):
+            load(task(tmp_path, validation_fraction=0.0, **asked), seed=0)
+    with pytest.raises(DataError, match=r"train.jsonl: task.validation_examples asks for 20 of 20 training rows"):
+        load(task(tmp_path, validation_examples=20), seed=0)
+
+
+def test_rows_are_not_tested_on_that_were_learned_or_chosen_by(tmp_path: Path) -> None:
+    for split in ("train", "validation"):
+        rows = [{"text": f"{split} {i}", "label": "ab"[i % 2]} for i in range(20)]
+        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+    with pytest.raises(DataError, match=r"task.test names the training rows \(.*train.jsonl\)"):
+        load(task(tmp_path, test="train"), seed=0)
+    with pytest.raises(DataError, match="task.validation and task.test name the same rows"):
+        load(task(tmp_path, validation="validation", test="validation"), seed=0)
+    loaded = load_task(task(tmp_path, test="validation", validation_fraction=0.25), seed=0)
+    assert [len(loaded.splits[split]) for split in ("train", "validation", "test")] == [15, 5, 20]
+    assert any("is tested on, so validation rows are held back from training" in note for note in loaded.notes)
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label,text\na,x,b\nc,y,d\n")
+    with pytest.raises(DataError, match="line 1: more than one column is named 'text'"):
+        load_splits(task(tmp_path))
+
+
+def test_classes_inside_lists_keep_their_names() -> None:
+    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-X"]))
+    features = datasets.Features({"tokens": datasets.Sequence(datasets.Value("string")), "ner_tags": tags})
+    rows = datasets.Dataset.from_dict({"tokens": [["a", "b"]], "ner_tags": [[0, 1]]}, features=features)
+    for given in (rows, rows.to_iterable_dataset()):
+        table = from_dataset("hub[train]", given)
+        assert table.class_names == {"ner_tags": ("O", "B-X")}
+        assert table.columns["ner_tags"] == [[0, 1]]
 
 
 def test_names_that_nobody_knows(tmp_path: Path) -> None:

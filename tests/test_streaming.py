@@ -188,8 +188,9 @@ def test_the_hub_is_streamed(tmp_path: Path, tokenizer: Any, monkeypatch: pytest
     )
 
     def load(name: str, subset: Any = None, split: str | None = None, streaming: bool = False) -> Any:
-        given = rows.to_iterable_dataset() if streaming else rows
-        return given if split else datasets.DatasetDict(train=rows, test=rows)
+        assert streaming  # else the training rows would be downloaded
+        given = rows.to_iterable_dataset()
+        return given if split else datasets.IterableDatasetDict(train=given, test=given)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     loaded = load_task(settings(Path("some/name"), streaming=True), seed=0)

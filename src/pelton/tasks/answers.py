@@ -14,6 +14,7 @@ from pelton.errors import DataError
 from pelton.tasks.base import Collator, Examples, Task
 from pelton.tasks.columns import pick_column
 from pelton.tasks.metrics import softmax
+from pelton.tasks.positions import require_positions
 from pelton.tasks.questions import Gold, Question, read_answers, read_questions
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.spans import Window, best_spans, null_score
@@ -135,11 +136,7 @@ class QuestionAnswering(Task[AnswerSettings]):
                 f"{type(model).__name__} does not keep its head apart from what is pretrained. Take a backbone such as "
                 "BERT, RoBERTa, DeBERTa or BART, or learn to write the answers with task.kind=seq2seq."
             )
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions is not None and self.settings.max_length > positions:
-            raise DataError(
-                f"task.max_length is {self.settings.max_length}, but the backbone has {positions} positions. Lower it."
-            )
+        require_positions(model, "max_length", self.settings.max_length)
 
     @property
     def metrics(self) -> tuple[str, ...]:

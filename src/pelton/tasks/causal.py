@@ -17,6 +17,7 @@ from pelton.tasks.completions import Completion, Limits, as_dataset, ask, column
 from pelton.tasks.conversations import Prompt, find_fields, read_examples, read_prompts
 from pelton.tasks.decoding import Answer, Judged, Prompts, answer, collate, judge
 from pelton.tasks.packing import pack, require_packable
+from pelton.tasks.positions import require_positions
 from pelton.tasks.tables import Table
 from pelton.tasks.templates import Chat, Continued, Formatted, Template
 
@@ -112,11 +113,7 @@ class CausalLM(Task[CausalSettings]):
 
     def start(self, model: Any, batches: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
         """Checks that something is left to learn, that it fits the backbone, and that packed examples stay apart."""
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and self.settings.max_length > positions:
-            raise DataError(
-                f"task.max_length is {self.settings.max_length}, but the backbone has {positions} positions. Lower it."
-            )
+        require_positions(model, "max_length", self.settings.max_length)
         if next(iter(batches()), None) is None:
             raise DataError(
                 f"Nothing is left to learn of any training example: all prompts fill task.max_length="

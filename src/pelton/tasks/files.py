@@ -110,6 +110,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
         reader = csv.reader(file, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
         start = 1
         header = _next_cells(path, start, reader)
+        _require_different(path, header or [])
         while header is not None:
             start = reader.line_num + 1
             cells = _next_cells(path, start, reader)
@@ -117,6 +118,12 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
                 return
             if cells:
                 yield start, _match_header(path, start, header, cells)
+
+
+def _require_different(path: Path, header: list[str]) -> None:
+    twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}, line 1: more than one column is named {twice[0]!r}. Rename or remove one.")
 
 
 def _next_cells(path: Path, number: int, reader: Iterator[list[str]]) -> list[str] | None:

@@ -64,7 +64,7 @@ class GlueSettings(TextSettings):
     def plain(self) -> ClassificationSettings | RegressionSettings:
         """Returns the classification or regression that this task is, with its columns, splits and score."""
         row = GLUE[self.name]
-        values = self.model_dump(exclude={"kind", "name"})
+        values = self.model_dump(exclude={"kind", "name"} | ({"max_length"} - self.model_fields_set))
         values |= {"text_columns": row.columns, "label_column": "label", "data": self._place()}
         values |= {"train": self.train or "train", "test": self.test or row.test}
         values["validation"] = self.validation or values["train"]  # held back

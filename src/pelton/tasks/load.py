@@ -14,19 +14,28 @@ from pelton.tasks.base import Examples, Task
 from pelton.tasks.causal import CausalLM
 from pelton.tasks.causal_settings import CausalSettings
 from pelton.tasks.classification import ClassificationSettings, TextClassification
+from pelton.tasks.drawing import (
+    absent_classes,
+    class_names,
+    draw,
+    fewer,
+    held_back_for_test,
+    judged_classes,
+    leaving_some,
+    require_classes,
+)
 from pelton.tasks.glue import GlueSettings
 from pelton.tasks.images import ImageClassification, ImageSettings
 from pelton.tasks.intents import IntentClassification, IntentSettings
 from pelton.tasks.masked_images import MaskedImages, MaskedImageSettings
 from pelton.tasks.regression import RegressionSettings, TextRegression
 from pelton.tasks.running import RunningText, RunningTextSettings
-from pelton.tasks.sampling import few_shot, hold_back, stratified
+from pelton.tasks.sampling import hold_back
 from pelton.tasks.segmentation import SegmentationSettings, SemanticSegmentation
 from pelton.tasks.seq2seq import Seq2SeqSettings, SequenceToSequence
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.splits import load_splits
 from pelton.tasks.streams import TrainingStream, open_stream
-from pelton.tasks.tables import Table
 from pelton.tasks.tokens import TokenClassification, TokenSettings
 
 KINDS: dict[type[TaskSettings], type[Task[Any]]] = {
@@ -90,6 +99,10 @@ class Loaded:
         assert self.stream is not None
         return next(self.stream.examples())
 
+    def with_task(self, task: Task[Any]) -> Loaded:
+        """Returns the same examples under a task with other settings."""
+        return replace(self, task=task, stream=None if self.stream is None else replace(self.stream, task=task))
+
     def without_test(self) -> Loaded:
         """Returns the same without test rows."""
         return replace(self, splits={name: rows for name, rows in self.splits.items() if not name.startswith("test")})
@@ -129,26 +142,28 @@ def load_task(settings: TaskSettings, seed: int) -> Loaded:
     everything, rows = splits["train"], list(range(len(splits["train"])))
     drawn: dict[str, Sequence[int]] = {}
     strata = task.strata(everything)
+    name = tables["train"].name
     if "validation" not in splits:
         wanted = settings.validation_examples
         count = int(len(everything) * settings.validation_fraction) if wanted is None else wanted
-        rows, held = hold_back(strata, _leaving_some(count, len(everything)), seed)
+        rows, held = hold_back(strata, leaving_some(count, len(everything), name), seed)
         if held:
             drawn["validation"] = held
             splits["validation"] = everything.take(held)
     else:
-        splits["validation"] = _fewer(settings, task, splits["validation"], seed)
+        splits["validation"] = fewer(settings, task, splits["validation"], seed, tables["validation"].name)
     learned, reason = task.learned(everything)
     rows, left_out = sorted({*rows} & {*learned}), len({*rows} - {*learned})
-    chosen = _draw(settings, [strata[row] for row in rows], seed, getattr(task, "labels", None))
+    names = class_names(task, strata)
+    chosen = draw(settings, [strata[row] for row in rows], seed, names, name)
     drawn["train"] = [rows[place] for place in chosen]
     splits["train"] = everything.take(drawn["train"])
-    if left_out:
-        note = f"{tables['train'].name}: {left_out} rows are left out of training, since {reason}."
-        splits["train"] = replace(splits["train"], notes=(*splits["train"].notes, note))
+    notes = [f"{name}: {left_out} rows are left out of training, since {reason}."] if left_out else []
+    notes += [*absent_classes(names, strata, name), *held_back_for_test(settings, tables)]
+    splits["train"] = replace(splits["train"], notes=(*splits["train"].notes, *notes))
     task.require_splits(splits)
-    _require_classes(task, everything, splits["train"], tables["train"].name)
-    return Loaded(task, _judged_classes(task, splits, tables), drawn)
+    require_classes(task, everything, splits["train"], name)
+    return Loaded(task, judged_classes(task, splits, tables), drawn)
 
 
 def _load_stream(settings: TaskSettings, seed: int) -> Loaded:
@@ -159,21 +174,14 @@ def _load_stream(settings: TaskSettings, seed: int) -> Loaded:
     tables = load_splits(settings)
     splits = {split: task.check(table) for split, table in tables.items()}
     if "validation" in splits:
-        splits["validation"] = _fewer(settings, task, splits["validation"], seed)
+        splits["validation"] = fewer(settings, task, splits["validation"], seed, tables["validation"].name)
     elif settings.validation_fraction if settings.validation_examples is None else settings.validation_examples:
         raise DataError(
             "task.streaming cannot hold validation rows back. Name a split or file with task.validation, or set "
             "task.validation_examples=0 to do without."
         )
     task.require_splits(splits)
-    return Loaded(task, _judged_classes(task, splits, tables), {}, stream)
-
-
-def _fewer(settings: TaskSettings, task: Task[Any], given: Examples, seed: int) -> Examples:
-    """Draws the validation rows that the settings ask for from a validation split."""
-    if not settings.validation_examples:
-        return given
-    return given.take(stratified(task.strata(given), settings.validation_examples, seed))
+    return Loaded(task, judged_classes(task, splits, tables), {}, stream)
 
 
 def restore_task(settings: TaskSettings, stored: Mapping[str, Any]) -> Task[Any]:
@@ -185,54 +193,3 @@ def restore_task(settings: TaskSettings, stored: Mapping[str, Any]) -> Task[Any]
 def plain(settings: TaskSettings) -> TaskSettings:
     """Returns the kind of task that a named benchmark's settings stand for; others as they are."""
     return settings.plain() if isinstance(settings, GlueSettings) else settings
-
-
-def _require_classes(task: Task[Any], everything: Examples, drawn: Examples, name: str) -> None:
-    """Refuses training examples that are all of one class: there would be nothing to tell apart."""
-    given, chosen = task.classes(everything), task.classes(drawn)
-    if given is None or chosen is None or len(chosen[1]) > 1:
-        return
-    column, classes = given
-    if len(classes) < 2:
-        raise DataError(
-            f"{name}, column {column!r}: all {len(everything)} training rows have one class. Expected two or more: "
-            "add rows of another class, or name another file or split with task.train."
-        )
-    asked = "task.validation_fraction or task.validation_examples"
-    if task.settings.shots is not None or task.settings.examples is not None:
-        asked = "task.shots" if task.settings.shots is not None else "task.examples"
-    raise DataError(
-        f"{name}, column {column!r}: the {len(drawn)} training rows that were drawn have one class of "
-        f"{len(classes)}. Expected two or more: change {asked}."
-    )
-
-
-def _judged_classes(
-    task: Task[Any], splits: Mapping[str, Examples], tables: Mapping[str, Table]
-) -> dict[str, Examples]:
-    """Returns the splits; one that is judged and has one class only says so in its notes."""
-    noted = dict(splits)
-    for split, examples in splits.items():
-        found = None if split == "train" else task.classes(examples)
-        if found is not None and len(found[1]) == 1:
-            name = tables[split].name if split in tables else "The held-back validation"
-            note = (
-                f"{name}: all {len(examples)} {split} rows have one class (column {found[0]!r}), so scores on them do "
-                f"not tell models apart. Add rows of another class, or name another split with task.{split}."
-            )
-            noted[split] = replace(examples, notes=(*examples.notes, note))
-    return noted
-
-
-def _draw(settings: TaskSettings, classes: Sequence[Any], seed: int, labels: Any) -> Sequence[int]:
-    if settings.shots is not None:
-        return few_shot(classes, settings.shots, seed, None if labels is None else labels.names)
-    if settings.examples is not None:
-        return stratified(classes, settings.examples, seed)
-    return range(len(classes))
-
-
-def _leaving_some(count: int, available: int) -> int:
-    if count >= available:
-        raise DataError(f"task.validation_examples asks for {count} of {available} training rows: none would be left.")
-    return count

@@ -15,6 +15,7 @@ from pelton.errors import DataError
 from pelton.tasks.base import Collator, Examples, Task
 from pelton.tasks.blocks import features, stream, to_judge, to_learn
 from pelton.tasks.decoding import Answer, Judged, Prompts, answer, collate, judge
+from pelton.tasks.positions import require_positions
 from pelton.tasks.settings import Count, TaskSettings
 from pelton.tasks.tables import Table
 from pelton.tasks.texts import check_texts
@@ -165,12 +166,8 @@ class RunningText(Task[RunningTextSettings]):
 
     def start(self, model: Any, batches: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
         """Checks that a block fits the backbone, and that the training text has one."""
-        positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and self.settings.block_size > positions:
-            raise DataError(
-                f"task.block_size is {self.settings.block_size}, but the backbone has {positions} positions. Lower it, "
-                "or raise backbone_config.max_position_embeddings of a new backbone."
-            )
+        more = ", or raise backbone_config.max_position_embeddings of a new backbone"
+        require_positions(model, "block_size", self.settings.block_size, more)
         next(iter(batches()))
 
     @property

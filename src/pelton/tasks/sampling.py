@@ -19,7 +19,7 @@ def few_shot(classes: Sequence[Hashable], shots: int, seed: int, names: Sequence
         taken.setdefault(classes[row], []).append(row)
     for key, rows in sorted(taken.items(), key=lambda item: str(item[0])):
         if len(rows) < shots:
-            name = names[key] if names is not None and isinstance(key, int) else key
+            name = key if names is None else names[key]  # type: ignore[call-overload]  # names come with numbers
             raise DataError(
                 f"task.shots asks for {shots} training examples of each class, but class {name!r} has {len(rows)}. "
                 "Lower task.shots, or hold fewer rows back."

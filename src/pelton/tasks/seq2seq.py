@@ -15,6 +15,7 @@ from transformers import BatchEncoding
 from pelton.errors import DataError
 from pelton.tasks.base import Collator, Examples, Task
 from pelton.tasks.columns import pick_column
+from pelton.tasks.positions import require_positions
 from pelton.tasks.settings import Count, TaskSettings
 from pelton.tasks.tables import Table
 from pelton.tasks.texts import check_texts
@@ -119,11 +120,8 @@ class SequenceToSequence(Task[Seq2SeqSettings]):
         Raises:
             DataError: a setting exceeds them.
         """
-        positions = getattr(model.config, "max_position_embeddings", None)
         for key in ("max_source_length", "max_target_length", "max_new_tokens"):
-            length = getattr(self.settings, key)
-            if None not in (length, positions) and length > positions:
-                raise DataError(f"task.{key} is {length}, but the backbone has {positions} positions. Lower it.")
+            require_positions(model, key, getattr(self.settings, key))
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -73,9 +73,11 @@ class TextSettings(TaskSettings):
     Attributes:
         text_columns: One column, or two for pairs; found when not given.
         label_column: The column of the label; found when not given.
-        max_length: Tokens that are kept of a text or pair.
+        max_length: Tokens that are kept of a text or pair; as many as the backbone has positions for when these are
+            fewer and it is not given.
         keep: Which end of a text is kept when it is too long: its `head` or its `tail`.
-        shorten: Which text of a pair is cut: the `longest` at each token, the `first` or the `second`.
+        shorten: Which text of a pair is cut: the `longest` at each token, the `first` or the `second`; both, where the
+            other one alone leaves no room.
     """
 
     text_columns: Annotated[tuple[str, ...], Field(min_length=1, max_length=2)] | None = None

@@ -45,11 +45,29 @@ def load_splits(settings: TaskSettings) -> dict[str, Table]:
     elif path.is_file() or _looks_local(data):
         tables = _load_files(path, names)
     else:
-        tables = _load_hub(data, settings.subset, names)
+        tables = _load_hub(data, settings.subset, names, settings.streaming)
     for split, table in tables.items():
         if not len(table):
             raise DataError(f"{table.name} is empty: the {split} split needs at least one row.")
-    return tables
+    return _apart(tables, settings)
+
+
+def _apart(tables: dict[str, Table], settings: TaskSettings) -> dict[str, Table]:
+    """Refuses to test on rows that are trained on or chosen by; validation that is found to be either is held back."""
+    places = {split: table.name for split, table in tables.items()}
+    test = places.get("test")
+    if test is not None and test == places.get("train"):
+        raise DataError(
+            f"task.test names the training rows ({test}), and a score on what was learned tells nothing. Name other "
+            "rows, or leave task.test out."
+        )
+    if test is not None and test == places.get("validation") and settings.validation is not None:
+        raise DataError(
+            f"task.validation and task.test name the same rows ({test}), so the checkpoint would be chosen by its test "
+            "score. Set task.validation=train to hold rows back from training instead, or name other rows."
+        )
+    same = places.get("validation") in (test, places.get("train"), None)
+    return {split: table for split, table in tables.items() if split != "validation" or not same}
 
 
 def training_file(settings: TaskSettings) -> tuple[Path, tuple[str, ...] | None] | None:
@@ -133,11 +151,13 @@ def _read_class_names(path: Path) -> tuple[str, ...] | None:
     return tuple(str(name) for name in names)
 
 
-def _load_hub(name: str, subset: str | None, names: dict[str, str | None]) -> dict[str, Table]:
+def _load_hub(name: str, subset: str | None, names: dict[str, str | None], streaming: bool) -> dict[str, Table]:
+    """Loads splits; where training rows are streamed the others are, too: else all of them would be downloaded."""
     import datasets
 
+    options = {"streaming": True} if streaming else {}
     try:
-        loaded: dict[str, Any] = datasets.load_dataset(name, subset)
+        loaded: dict[str, Any] = datasets.load_dataset(name, subset, **options)
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         text = f"{name!r} is neither a local folder or file nor a data set that the hub gives ({reason})."

@@ -13,7 +13,7 @@ from pelton.tasks.base import Examples, Task
 from pelton.tasks.files import read_chunks
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.splits import training_file
-from pelton.tasks.tables import Table
+from pelton.tasks.tables import Table, class_names
 
 CHUNK = 1000
 """Rows that are read, checked and encoded together; the scale of a regression is that of the first so many."""
@@ -57,7 +57,11 @@ class TrainingStream:
 
         def endless() -> Iterator[dict[str, Any]]:
             while True:
-                yield from self.encoded(processor)
+                count = 0
+                for count, row in enumerate(self.encoded(processor), 1):
+                    yield row
+                if not count:
+                    raise DataError(f"{self.task.settings.data}: nothing is left of the rows to train on.")
 
         rows = datasets.IterableDataset.from_generator(endless)
         return rows.shuffle(seed=seed, buffer_size=self.task.settings.shuffle_buffer)
@@ -110,8 +114,7 @@ def _hub_chunks(name: str, subset: str | None, split: str) -> Callable[[], Itera
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{name!r}, split {split!r}, cannot be streamed from the hub ({reason}).") from error
-    features = rows.features or {}
-    classes = {column: tuple(f.names) for column, f in features.items() if type(f).__name__ == "ClassLabel"}
+    classes = class_names(rows.features or {})
 
     def read() -> Iterator[Table]:
         before = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,9 +50,20 @@ class Table:
 
 
 def from_dataset(name: str, rows: Any) -> Table:
-    """Turns a `datasets.Dataset` into a table, with the names of its ClassLabel columns."""
-    classes = {column: tuple(f.names) for column, f in rows.features.items() if type(f).__name__ == "ClassLabel"}
-    return Table(name, rows.to_dict(), class_names=classes)
+    """Turns a `datasets.Dataset`, or an iterable one, into a table with the names of its classes."""
+    columns = rows.to_dict() if hasattr(rows, "to_dict") else next(rows.iter(sys.maxsize), {})
+    return Table(name, columns, class_names=class_names(rows.features or {}))
+
+
+def class_names(features: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Returns the names of each column of classes, or of lists of classes, by the features of `datasets`."""
+    found = {}
+    for column, kind in features.items():
+        while hasattr(kind, "feature"):
+            kind = kind.feature  # of a list
+        if type(kind).__name__ == "ClassLabel":
+            found[column] = tuple(kind.names)
+    return found
 
 
 def collect(path: Path, rows: Iterator[tuple[int, Row]]) -> Table:

@@ -57,14 +57,35 @@ def typed_texts(settings: TextSettings, texts: Sequence[str], pairs: Sequence[st
 
 def tokenise(texts: Sequence[Texts], tokenizer: Any, settings: TextSettings) -> dict[str, Any]:
     """Tokenises texts or pairs and cuts what is longer than `max_length`; nothing is padded."""
-    fields = [list(field) for field in zip(*texts, strict=True)]
-    shorten = SHORTEN[settings.shorten] if len(fields) == 2 else "longest_first"
     side = tokenizer.truncation_side
     tokenizer.truncation_side = "right" if settings.keep == "head" else "left"
     try:
-        return dict(tokenizer(*fields, truncation=shorten, max_length=settings.max_length))
+        if settings.shorten != "longest" and texts and len(texts[0]) == 2:
+            return _cut_one(texts, tokenizer, settings)
+        return _cut(texts, tokenizer, settings.max_length, SHORTEN["longest"])
     finally:
         tokenizer.truncation_side = side
+
+
+def _cut(texts: Sequence[Texts], tokenizer: Any, length: int, strategy: str) -> dict[str, Any]:
+    fields = [list(field) for field in zip(*texts, strict=True)]
+    return dict(tokenizer(*fields, truncation=strategy, max_length=length))
+
+
+def _cut_one(texts: Sequence[Texts], tokenizer: Any, settings: TextSettings) -> dict[str, Any]:
+    """Cuts one text of each pair; both of a pair whose other text leaves no room for it."""
+    whole = [pair[1 if settings.shorten == "first" else 0] for pair in texts]
+    room = settings.max_length - tokenizer.num_special_tokens_to_add(pair=True)
+    sizes = [len(ids) for ids in tokenizer(whole, add_special_tokens=False, verbose=False)["input_ids"]]
+    strategies = [SHORTEN["longest" if size >= room else settings.shorten] for size in sizes]
+    columns: dict[str, Any] = {}
+    for strategy in dict.fromkeys(strategies):
+        rows = [row for row, wanted in enumerate(strategies) if wanted == strategy]
+        for name, values in _cut([texts[row] for row in rows], tokenizer, settings.max_length, strategy).items():
+            column = columns.setdefault(name, [None] * len(texts))
+            for row, value in zip(rows, values, strict=True):
+                column[row] = value
+    return columns
 
 
 def full_texts(features: Any, settings: TextSettings) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from pelton.tasks.labels import Labels
 from pelton.tasks.metrics import cross_entropy, tag_metrics
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.tables import Table
-from pelton.tasks.tags import check_tags, find_tags
+from pelton.tasks.tags import OUTSIDE, check_tags, find_tags
 
 WORDS = ("tokens", "words", "text")
 TAGS = ("ner_tags", "tags", "labels", "pos_tags")
@@ -31,7 +31,8 @@ class TokenSettings(TaskSettings):
     Attributes:
         word_column: Lists of words; found when not given.
         tag_column: Lists of tags, as many as words; found when not given.
-        max_length: Subwords that are kept of a sentence; words behind are predicted as outside.
+        max_length: Subwords that are kept of a sentence, words behind are predicted as outside; as many as the backbone
+            has positions for when these are fewer and it is not given.
         bio: What happens to an entity that starts with I-: `strict` refuses it, `repair` reads it as B-.
     """
 
@@ -206,8 +207,9 @@ class TokenClassification(Task[TokenSettings]):
 
     def _tags(self, features: Any, outputs: Sequence[Any]) -> list[list[str]]:
         names = self.labels.names
+        outside = OUTSIDE if OUTSIDE in names else names[0]
         return [
-            [names[0] if place == CUT else names[int(logits[place].argmax())] for place in places]
+            [outside if place == CUT else names[int(logits[place].argmax())] for place in places]
             for logits, places in zip(outputs, features["starts"], strict=True)
         ]
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from pelton.errors import RecipeError
 from pelton.tasks.base import Task
 from pelton.tasks.load import Loaded, load_task
+from pelton.tasks.positions import within
 from pelton.training.backbone import (
     adapter_config,
     attach,
@@ -66,9 +67,10 @@ def prepare(recipe: Recipe) -> Prepared:
     data = load_task(recipe.task, recipe.training.seed)
     require_feasible(recipe.training, data)
     require_objective(recipe.training, data)
-    recipe = _resolve(recipe, data.task)
     transformers.set_seed(recipe.training.seed)
     model, new, processor = _backbone(recipe, data)
+    data = data.with_task(within(data.task, model))
+    recipe = _resolve(recipe, data.task)
     data.task.start(model, partial(_batches, data, processor, recipe.training.eval_batch_size))
     config = settled(config, recipe.adapter, model.config)
     if config is not None:
