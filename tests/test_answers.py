@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import itertools
 import json
 import random
@@ -30,7 +31,7 @@ from pelton import PeltonConfig
 from pelton.cli.main import run as pelton
 from pelton.errors import DataError, RecipeError
 from pelton.tasks.answers import AnswerSettings, QuestionAnswering
-from pelton.tasks.files import read_table
+from pelton.tasks.files import read_chunks, read_table
 from pelton.tasks.load import load_task
 from pelton.tasks.questions import Gold, Question
 from pelton.tasks.spans import Span, Window, best_spans, null_score
@@ -436,6 +437,131 @@ def test_typed_questions_need_their_context() -> None:
     assert task.from_texts(["q"], ["c"]) == [Question("q", "c", "1")]
     with pytest.raises(DataError, match="--pair"):
         task.from_texts(["q"], None)
+
+
+# ---- SQuAD's own files -------------------------------------------------------------------------------------------
+
+
+def nested(flat: list[dict[str, Any]], version: str = "1.1") -> dict[str, Any]:
+    """Returns rows in the layout of SQuAD's own files; neighbours of one title and one context share a paragraph."""
+    data: list[dict[str, Any]] = []
+    for one in flat:
+        if not data or data[-1]["title"] != one["title"]:
+            data.append({"title": one["title"], "paragraphs": []})
+        paragraphs = data[-1]["paragraphs"]
+        if not paragraphs or paragraphs[-1]["context"] != one["context"]:
+            paragraphs.append({"context": one["context"], "qas": []})
+        texts, starts = one["answers"]["text"], one["answers"]["answer_start"]
+        asked = {
+            "id": one["id"],
+            "question": one["question"],
+            "answers": [{"text": t, "answer_start": s} for t, s in zip(texts, starts, strict=True)],
+        }
+        if version == "v2.0":
+            asked |= {"is_impossible": not texts, "plausible_answers": [{"text": "x", "answer_start": 0}]}
+        paragraphs[-1]["qas"].append(asked)
+    return {"version": version, "data": data}
+
+
+@pytest.mark.parametrize("indent", [None, 2], ids=["one line", "many lines"])
+@pytest.mark.parametrize("name", ["dev-v1.1.json", "dev-v1.1.json.gz"])
+@pytest.mark.parametrize("version", ["1.1", "v2.0"])
+def test_nested_files_are_read_as_flat_ones(indent: int | None, name: str, version: str, tmp_path: Path) -> None:
+    made = rows(9, unanswerable=version == "v2.0")
+    made[0]["context"] = made[0]["context"].replace("was", "wäs")
+    text = json.dumps(nested(made, version), indent=indent, ensure_ascii=False)
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    found = read_table(path)
+    assert list(found.columns) == ["id", "title", "context", "question", "answers"]
+    assert found.columns == {key: [one[key] for one in made] for key in found.columns}
+    chunks = list(read_chunks(path, 4))
+    assert [(len(chunk), chunk.before) for chunk in chunks] == [(4, 0), (4, 4), (1, 8)]
+    assert [one for chunk in chunks for one in chunk.columns["answers"]] == found.columns["answers"]
+    assert chunks[2].where(0, "question") == f"{path}, article 1 (T), paragraph 9, question 1 (q8), column 'question'"
+    loaded = load_task(AnswerSettings(data=str(tmp_path), train=name, validation_examples=0, **TASK), 0)
+    assert loaded.task.settings.unanswerable is (version == "v2.0")
+    assert len(loaded.splits["train"]) == 9
+
+
+def test_a_question_that_is_impossible_has_no_answers(tmp_path: Path) -> None:
+    made = nested(rows(2), "v2.0")
+    made["data"][0]["paragraphs"][0]["qas"][0]["is_impossible"] = True
+    (tmp_path / "a.json").write_text(json.dumps(made))
+    table_ = read_table(tmp_path / "a.json")
+    assert table_.columns["answers"][0] == {"text": [], "answer_start": []}
+    assert QuestionAnswering.plan(AnswerSettings(), table_).settings.unanswerable is True
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda d: d["data"].append("x"), "article 2: expected an object with a list 'paragraphs', but got str"),
+        (
+            lambda d: d["data"][0]["paragraphs"][1].pop("qas"),
+            "article 1 (T), paragraph 2: expected an object with a list 'qas', but it has context",
+        ),
+        (
+            lambda d: d["data"][0]["paragraphs"][1].update(context=3),
+            "article 1 (T), paragraph 2: expected an object with a text 'context', but that is int",
+        ),
+        (
+            lambda d: d["data"][0]["paragraphs"][0]["qas"][0].pop("question"),
+            "article 1 (T), paragraph 1, question 1: expected an object with a text 'question', but it has id, answers",
+        ),
+        (
+            lambda d: d["data"][0]["paragraphs"][1]["qas"][0].update(question="\ud800"),
+            "article 1 (T), paragraph 2, question 1, 'question': broken UTF-8 at character 1",
+        ),
+        (
+            lambda d: d["data"][0]["paragraphs"][1]["qas"][0]["answers"][0].update(answer_start=0),
+            "article 1 (T), paragraph 2, question 1 (q1), column 'answers': the answer",
+        ),
+        (
+            lambda d: d["data"][0]["paragraphs"][1]["qas"][0].pop("answers"),
+            "article 1 (T), paragraph 2, question 1 (q1), column 'answers': expected {",
+        ),
+        (
+            lambda d: d["data"][0]["paragraphs"][1]["qas"][0].update(question=" "),
+            "article 1 (T), paragraph 2, question 1 (q1), column 'question': the text is empty",
+        ),
+    ],
+)
+def test_mistakes_in_nested_files_are_named(change: Callable[[Any], Any], expected: str, tmp_path: Path) -> None:
+    made = nested(rows(2))
+    change(made)
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(made))
+    with pytest.raises(DataError) as caught:
+        QuestionAnswering.plan(AnswerSettings(), read_table(path))
+    assert str(caught.value).startswith(f"{path}, {expected}")
+
+
+def test_files_of_json_lines_are_none_of_these(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.json", rows(3))
+    assert read_table(path).columns["id"] == ["q0", "q1", "q2"]
+    assert [list(chunk.lines or ()) for chunk in read_chunks(path, 2)] == [[1, 2], [3]]
+    two = [{"data": [{"paragraphs": []}], "version": 1}] * 2  # such a file is one object
+    assert read_table(write_jsonl(path, two)).columns == {"data": [two[0]["data"]] * 2, "version": [1, 1]}
+    path.write_text('{"data": [{"paragraphs": [')
+    with pytest.raises(DataError, match=r"a\.json: malformed JSON .* or one object in the layout of SQuAD"):
+        read_table(path)
+    path.write_text('{\n "text": "a"\n}')
+    with pytest.raises(DataError, match=r"a\.json, line 1: malformed JSON .* Expected one JSON object a line"):
+        read_table(path)
+    path.write_text('{\n "version": "a"\n}')
+    with pytest.raises(DataError, match=r"a\.json, line 1: malformed JSON"):
+        next(read_chunks(path, 2))
+    path.write_text("")
+    assert len(read_table(path)) == 0
+
+
+@pytest.mark.skipif(not SQUAD.is_dir(), reason="SQuAD is not beside the repository")
+def test_squad_nested_is_squad_flat(tmp_path: Path) -> None:
+    flat = read_table(SQUAD / "validation.jsonl.gz").columns
+    made = [dict(zip(flat, cells, strict=True)) for cells in zip(*flat.values(), strict=True)]
+    (tmp_path / "dev.json").write_text(json.dumps(nested(made)))
+    assert read_table(tmp_path / "dev.json").columns == {name: flat[name] for name in flat}
 
 
 # ---- models ------------------------------------------------------------------------------------------------------

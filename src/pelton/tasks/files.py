@@ -15,13 +15,14 @@ from typing import TextIO
 
 from pelton.errors import DataError
 from pelton.tasks.pictures import ARCHIVE, holds_folders, read_pictures
+from pelton.tasks.squad_json import Nested, find_nested, nested_chunks, read_nested
 from pelton.tasks.tables import Row, Table, collect, from_dataset
 
 
 def read_table(path: Path) -> Table:
     """Reads a JSONL, CSV, TSV or text (each also gzipped) or Parquet file, or images in a zip archive or folder.
 
-    A text file is one row, whose column `text` holds all of it.
+    A text file is one row, whose column `text` holds all of it. A .json file is JSON lines too, or one of SQuAD's own.
 
     Raises:
         DataError: the file is missing, of another kind, or broken; the message names the line and column.
@@ -43,6 +44,10 @@ def read_chunks(path: Path, size: int) -> Iterator[Table]:
     """
     if extension(path) == ".parquet":
         yield from _parquet_chunks(path, size)
+        return
+    nested = _nested(path) if extension(path) in JSON else None
+    if nested is not None:
+        yield from nested_chunks(path, nested, size)
         return
     read = ROWS.get(extension(path))
     if read is None:
@@ -88,6 +93,18 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, _parse_object(path, number, line)
+
+
+def _read_json(path: Path) -> Table:
+    nested = _nested(path)
+    return _read_jsonl(path) if nested is None else read_nested(path, nested)
+
+
+def _nested(path: Path) -> Nested | None:
+    if not path.is_file():
+        return None
+    with _whole(path), _open(path) as file:
+        return find_nested(path, file)
 
 
 def _parse_object(path: Path, number: int, line: str) -> Row:
@@ -188,6 +205,8 @@ def _read_pictures(path: Path) -> Table:
     return Table(str(path), read_pictures(path))
 
 
+JSON = (".json", ".json.gz")
+
 ROWS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
     f"{kind}{end}": read
     for kind, read in {".jsonl": _jsonl_rows, ".json": _jsonl_rows, ".csv": _csv_rows, ".tsv": _csv_rows}.items()
@@ -198,8 +217,8 @@ ROWS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
 READERS: dict[str, Callable[[Path], Table]] = {
     ".jsonl": _read_jsonl,
     ".jsonl.gz": _read_jsonl,
-    ".json": _read_jsonl,
-    ".json.gz": _read_jsonl,
+    ".json": _read_json,
+    ".json.gz": _read_json,
     ".csv": _read_csv,
     ".csv.gz": _read_csv,
     ".tsv": _read_csv,
