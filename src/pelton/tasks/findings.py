@@ -17,7 +17,7 @@ class Lengths:
         median: Half are shorter.
         p95: 95 % are not longer.
         largest: The longest.
-        max_length: Where the task cuts, in tokens.
+        max_length: Where the task cuts, in tokens; a context that holds an answer is cut into windows there.
         cut: Share of the examples that is longer than that; of words, which are fewer than tokens, the least it can be.
     """
 
@@ -65,7 +65,9 @@ class SplitReport:
     Attributes:
         name: The file, or the hub name.
         rows: How many.
-        lengths: Of its inputs; None where they are not made of words.
+        lengths: Of its inputs, with the response that a language model reads behind each; None where they are not made
+            of words.
+        target_lengths: Of target texts that have a limit of their own; None where there are none.
         balance: Of its classes; None where it has none.
         values: Of its numbers; None where it has none.
         duplicates: Rows that repeat an earlier input, whatever its target; None where inputs are not made of words.
@@ -78,6 +80,7 @@ class SplitReport:
     name: str
     rows: int
     lengths: Lengths | None
+    target_lengths: Lengths | None
     balance: Balance | None
     values: Range | None
     duplicates: int | None
