@@ -9,6 +9,7 @@ import yaml
 
 from pelton.errors import PeltonError, RecipeError
 from pelton.training.backbone import adapter_config, locate
+from pelton.training.feasible import require_adapter
 from pelton.training.loading import dump_recipe, load_recipe, parse_recipe, shipped_recipes
 from pelton.training.recipe import AdapterSettings, Recipe
 
@@ -125,3 +126,64 @@ def test_a_backbone_in_a_package_that_is_not_there() -> None:
         locate("pkg:no_such_package/model")
     with pytest.raises(RecipeError, match="the package yaml has no folder 'model'"):
         locate("pkg:yaml/model")
+
+
+# ---- settings without an effect ----------------------------------------------------------------------------------
+
+
+def require(adapter: object, **training: object) -> Recipe:
+    """Checks a recipe as a run does before anything is loaded."""
+    recipe = parse_recipe({"backbone": "x", "task": {"data": "y"}, "adapter": adapter, "training": training}, "r")
+    require_adapter(recipe, None if recipe.adapter is None else adapter_config(recipe.adapter))
+    return recipe
+
+
+FROZEN = {"kind": "frozen", "values": {"0": {"lora": 0.5}}}
+PENALTY = {"schedule": "linear_up"}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "training", "message"),
+    [
+        ({"preset": "lora"}, {"gate_warmup_steps": 3}, "gate_warmup_steps would have no effect, since a fixed gate"),
+        ({"preset": "lora"}, {"gate_temperature_end": 0.1}, "gate_temperature_end would have no effect, since a fixed"),
+        ({"preset": "lora"}, {"penalty": PENALTY}, "penalty would have no effect, since a fixed gate learns nothing"),
+        ({"methods": ["lora"], "gate": FROZEN}, {"gate_warmup_steps": 3}, "since a frozen gate learns nothing"),
+        ({"preset": "head"}, {"gate_warmup_steps": 3}, "since the recipe has no methods"),
+        ({"preset": "head"}, {"gate_learning_rate": 1e-3}, "since the recipe has no methods"),
+        (None, {"gate_learning_rate": 1e-3}, "since the recipe has no methods"),
+        ({}, {"early_stopping_min_delta": 0.1}, "since training.early_stopping_patience is not given. Leave it out."),
+        (None, {"early_stopping_min_delta": 0.1}, "training.early_stopping_min_delta would have no effect"),
+    ],
+)
+def test_settings_without_an_effect_are_refused(adapter: object, training: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError) as error:
+        require(adapter, **training)
+    assert message in str(error.value)
+
+
+def test_settings_that_others_need_are_let_be() -> None:
+    require({"preset": "lora"}, gate_learning_rate=1e-3)  # comparisons give one to every gate
+    require({"preset": "lora"}, contribution_window=10)
+    require({"methods": ["lora"], "gate": "scalar"}, gate_warmup_steps=3)
+    require({}, early_stopping_min_delta=0.1, early_stopping_patience=2)
+    require({}, early_stopping_min_delta=0.1, early_stopping_patience=None)  # turned off
+
+
+def test_a_rate_of_a_frozen_backbone_is_said_to_have_no_effect(caplog: pytest.LogCaptureFixture) -> None:
+    for adapter in ({}, {"preset": "head"}):
+        require(adapter, backbone_learning_rate=1e-3)
+        said = "training.backbone_learning_rate=0.001 has no effect, since the backbone is frozen. Leave it out."
+        assert [record.getMessage() for record in caplog.records] == [said]
+        caplog.clear()
+    require({}, backbone_learning_rate=1e-3, train_backbone=True)
+    require(None, backbone_learning_rate=1e-3)
+    require({})
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_shipped_recipes_set_nothing_without_an_effect(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    recipe = load_recipe(name)
+    require_adapter(recipe, None if recipe.adapter is None else adapter_config(recipe.adapter))
+    assert not caplog.records

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from importlib.util import find_spec
 
 from pelton.errors import RecipeError, nearest
-from pelton.gates import Tempered
+from pelton.gates import FixedGate, FrozenGate, Tempered
 from pelton.gates.penalties import wanted
 from pelton.tasks.load import Loaded
 from pelton.training.losses import REGIONS, class_count, require_loss
@@ -25,6 +26,10 @@ OF_GATES = (
 """Settings that only gates which learn, or several methods, can have."""
 OF_ADAPTERS = ("method_learning_rates", "up_rate_ratio", *OF_GATES)
 """What only methods and gates have."""
+OF_LEARNED_GATES = ("gate_warmup_steps", "gate_temperature_end", "penalty")
+"""What constant gates cannot have; a rate is let be, since comparisons of gates give one to each of them."""
+
+_LOG = logging.getLogger(__name__)
 
 
 def require_adapter(recipe: Recipe, config: PeltonConfig | None) -> None:
@@ -35,6 +40,9 @@ def require_adapter(recipe: Recipe, config: PeltonConfig | None) -> None:
         config: Its adapter; None where only the head, or everything, is trained.
     """
     settings = recipe.training
+    _tell_unused_rate(recipe)
+    if "early_stopping_patience" not in settings.model_fields_set:  # null turns it off, whatever stands beside it
+        _require_unused(settings, ("early_stopping_min_delta",), "training.early_stopping_patience is not given")
     if config is None:
         if recipe.adapter is not None and settings.train_backbone:
             raise RecipeError("training.train_backbone and adapter.preset=head exclude each other: head freezes it.")
@@ -57,6 +65,8 @@ def require_adapter(recipe: Recipe, config: PeltonConfig | None) -> None:
     if not any(spec.up for spec in config.specs):
         _require_unused(settings, ("up_rate_ratio",), f"{', '.join(kinds)} learn no product with a factor at zero")
     gate = config.gate_spec
+    if isinstance(gate, FixedGate | FrozenGate):
+        _require_unused(settings, OF_LEARNED_GATES, f"a {gate.kind} gate learns nothing")
     if settings.gate_temperature_end is not None and not isinstance(gate, Tempered):
         raise RecipeError(
             f"training.gate_temperature_end needs a gate with a temperature (mlp, gumbel), but the gate is "
@@ -67,6 +77,17 @@ def require_adapter(recipe: Recipe, config: PeltonConfig | None) -> None:
             "training.penalty schedules the gate's penalties, but it has none. Set adapter.gate.entropy, "
             "adapter.gate.balance or, with sigmoid, adapter.gate.l1."
         )
+
+
+def _tell_unused_rate(recipe: Recipe) -> None:
+    """Says that a frozen backbone has no rate.
+
+    It is no error: recipes that train their backbone keep their rate when an override attaches an adapter.
+    """
+    key = "backbone_learning_rate"
+    rate = getattr(recipe.training, key)
+    if rate != default_of(key) and not recipe.trains_backbone:
+        _LOG.warning("training.%s=%g has no effect, since the backbone is frozen. Leave it out.", key, rate)
 
 
 def _require_unused(settings: TrainingSettings, keys: Sequence[str], why: str) -> None:
