@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from pelton.errors import PeltonError, RecipeError
+from pelton.tasks.load import TASK_KINDS
 from pelton.training.backbone import adapter_config, locate
 from pelton.training.feasible import require_adapter
 from pelton.training.loading import dump_recipe, load_recipe, parse_recipe, shipped_recipes
-from pelton.training.recipe import AdapterSettings, Recipe
+from pelton.training.recipe import AdapterSettings, Recipe, TrainingSettings
 
 SHIPPED = (
     "banking77, camvid-segment, clinc150, glue, images, instructions, minigpt-adapt, minigpt-shakespeare, mrpc, ner, "
@@ -187,3 +189,64 @@ def test_shipped_recipes_set_nothing_without_an_effect(name: str, caplog: pytest
     recipe = load_recipe(name)
     require_adapter(recipe, None if recipe.adapter is None else adapter_config(recipe.adapter))
     assert not caplog.records
+
+
+# ---- what the pages on tasks and training say --------------------------------------------------------------------
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = {name: (DOCS / f"{name}.md").read_text(encoding="utf-8") for name in ("tasks", "training")}
+SNIPPETS = [
+    pytest.param(snippet, id=f"{name}-{number}")
+    for name, page in PAGES.items()
+    for number, snippet in enumerate(re.findall(r"```yaml\n(.*?)```", page, re.DOTALL), 1)
+]
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS)
+def test_what_a_page_shows_is_a_recipe(snippet: str, caplog: pytest.LogCaptureFixture) -> None:
+    values = {"backbone": "x", "task": {"data": "y"}, **yaml.safe_load(snippet)}
+    recipe = parse_recipe(values, "page")
+    require_adapter(recipe, None if recipe.adapter is None else adapter_config(recipe.adapter))
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_keys_that_a_page_names_exist(name: str) -> None:
+    tasks = {key for settings in TASK_KINDS.values() for key in settings.model_fields}
+    known = {"task": tasks, "training": {*TrainingSettings.model_fields}, "adapter": {*AdapterSettings.model_fields}}
+    found = re.findall(r"(?<!pelton\.)\b(task|training|adapter)\.([a-z_0-9]+)(?:\.([a-z_0-9]+))?", PAGES[name])
+    keys = [(section, key, inner) for section, key, inner in found if key != "md"]
+    assert keys
+    for section, key, inner in keys:
+        assert key in known[section], (section, key)
+        if inner:
+            section_of = type(getattr(TrainingSettings(), key))
+            assert inner in section_of.model_fields, (key, inner)
+
+
+@pytest.mark.parametrize("section", re.split(r"^## ", PAGES["tasks"], flags=re.MULTILINE)[2:])
+def test_settings_that_a_kind_is_said_to_have_exist(section: str) -> None:
+    settings = TASK_KINDS[re.findall(r"`([\w-]+)`", section.splitlines()[0])[0]]
+    said = _paragraph("Settings", section)
+    names = re.findall(r"`(\w+)`", re.sub(r"\(.*?\)", "", said, flags=re.DOTALL))  # values are in brackets
+    assert names
+    assert set(names) <= set(settings.model_fields)
+    scores, default = _paragraph("Scores", section), settings.model_fields["score"].default
+    assert not scores or "those of" in scores or all(f"`{name}`" in scores for name in default)
+
+
+def _paragraph(word: str, text: str) -> str:
+    found = re.search(rf"^{word}: (.*?)\n\n", text, re.MULTILINE | re.DOTALL)
+    return "" if found is None else found[1]
+
+
+def test_every_kind_has_a_place_on_the_page() -> None:
+    assert all(f"`{kind}`" in PAGES["tasks"] for kind in TASK_KINDS)
+
+
+def test_every_training_setting_is_on_its_page() -> None:
+    for key in TrainingSettings.model_fields:
+        assert re.search(rf"\b{key}\b", PAGES["training"]), key
+    for links in PAGES.values():
+        for path in re.findall(r"\]\(([\w./-]+)\)", links):
+            assert (DOCS / path).exists(), path
