@@ -41,7 +41,7 @@ class Block:
         stack: the module list it belongs to: "encoder.block", "vision_model.encoder.layers", …
         attention: the self-attention module's name inside the block.
         hidden_size: D, the width of the attention's input.
-        causal: whether a token sees only what came before it.
+        causal: whether a token sees only what came before it; also where nothing proves that it sees more.
         sites: places by site.
         missing: why a site that other architectures have is not here.
         kv_heads: how many key / value heads the attention has; 0 where `attn` is missing.
@@ -49,6 +49,8 @@ class Block:
         norm: a module inside the block whose output, [B, T, D], gates read instead of the attention's input, where
             the attention does not see whole examples.
         mask: the name of the attention's mask argument; None where its mask does not mean padding.
+        pools: whether gates may average over the tokens: these all see each other, and padding among them can be told.
+        static: why gates cannot read the input; empty where they can.
         heads: how many query heads the attention has; 0 where `attn` is missing.
         grid: how the tokens lie on an image; None where they are not the patches of one.
     """
@@ -65,6 +67,8 @@ class Block:
     head_dim: int
     norm: str | None
     mask: str | None
+    pools: bool
+    static: str
     heads: int
     grid: Grid | None
 

@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import cast
 
 from torch import nn
@@ -20,6 +20,9 @@ from pelton.methods import LINEAR_SITES
 
 _HEAD_DIM = ("head_dim", "attention_head_size", "key_value_proj_dim")
 _MASKS = ("attention_mask", "mask")
+_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+_ROUTED = re.compile(r"(^|\.)experts\.")
+"""Experts see the tokens that are routed to them, in an order of their own: gates would not fit."""
 
 
 def find_anatomy(model: nn.Module) -> Anatomy:
@@ -35,11 +38,12 @@ def find_anatomy(model: nn.Module) -> Anatomy:
             queries.setdefault(_block_of(name, modules), name)
     model_type = str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
     if not queries:
-        kinds = sorted({type(m).__name__ for m in modules.values() if not list(m.children())})
+        linear = [re.sub(r"\.\d+(?=\.|$)", ".N", n) for n, m in modules.items() if n and _is_linear(m)]
+        found = f"linear layers {', '.join(dict.fromkeys(linear[:200]))}" if linear else "no linear layers"
         raise AnatomyError(
-            f"{type(model).__name__} ({model_type!r}) has no transformer blocks: expected query projections (such as "
-            f"q_proj or query) inside repeated blocks, found {', '.join(kinds[:8]) or 'no modules'}. Pass a "
-            "Transformer, or add a row to pelton.anatomy.rows."
+            f"No transformer blocks are known in {type(model).__name__} ({model_type!r}): expected query projections "
+            f"(such as q_proj or query) inside repeated blocks, found {found[:400]}. Where this is a Transformer, add "
+            "a row that names its layers to pelton.anatomy.rows."
         )
     names = sorted(queries, key=list(modules).index)
     blocks = (_describe(name, index, queries[name], modules) for index, name in enumerate(names))
@@ -101,6 +105,9 @@ def _describe(name: str, index: int, query: str, modules: dict[str, nn.Module]) 
     attn = block.get_submodule(attention)
     sites = _find_sites(block, row, attn)
     missing = {site: "no layer of that role was found" for site in LINEAR_SITES if site not in sites}
+    refused = _reason(row.refused, attn)
+    if refused:
+        raise AnatomyError(f"Nothing can be attached to {type(attn).__name__} in {name!r}: {refused}.")
     head_dim = next((int(getattr(attn, a)) for a in _HEAD_DIM if getattr(attn, a, None)), 0)
     if "attn.k" in sites and "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(attn).__module__]) and head_dim:
         key = sites["attn.k"][0]
@@ -108,8 +115,10 @@ def _describe(name: str, index: int, query: str, modules: dict[str, nn.Module]) 
     else:
         missing["attn"] = f"{type(attn).__name__} computes its attention outside transformers' attention interface"
     config = getattr(attn, "config", None)
-    causal = bool(getattr(attn, "is_causal", getattr(config, "is_decoder", False)))
     arguments = inspect.signature(attn.forward).parameters
+    causal = _is_causal(attn, arguments) if row.causal is None else row.causal
+    mask = next((m for m in _MASKS if m in arguments), None) if row.padding else None
+    masked = row.padding is None or (mask is None and row.padding and any("mask" in argument for argument in arguments))
     kv_heads = sites["attn"][0].out_features // head_dim if "attn" in sites else 0
     groups = getattr(attn, "num_key_value_groups", None)
     return Block(
@@ -117,29 +126,48 @@ def _describe(name: str, index: int, query: str, modules: dict[str, nn.Module]) 
         index=index,
         stack=name.rpartition(".")[0],
         attention=attention,
-        hidden_size=next(iter(sites.values()))[0].in_features,
-        causal=causal if row.causal is None else row.causal,
+        hidden_size=sites["attn.out"][0].out_features if "attn.out" in sites else _width(query, modules),
+        causal=causal,
         sites=sites,
         missing=missing,
         kv_heads=kv_heads,
         head_dim=head_dim if "attn" in sites else 0,
         norm=row.norm,
-        mask=next((m for m in _MASKS if m in arguments), None) if row.padding else None,
+        mask=mask,
+        pools=not causal and not masked,
+        static=_reason(row.static, attn),
         heads=kv_heads * groups if groups else sites["attn.q"][0].out_features // head_dim if kv_heads else 0,
         grid=grid_of(row, config, name, modules),
     )
 
 
+def _reason(reasons: Mapping[str, str], attn: nn.Module) -> str:
+    return next((reason for pattern, reason in reasons.items() if re.search(pattern, type(attn).__name__)), "")
+
+
+def _is_causal(attn: nn.Module, arguments: Mapping[str, object]) -> bool:
+    """Tells whether an attention is causal: it says so, or it is nowhere said that it is not and it keeps a cache."""
+    config = getattr(attn, "config", None)
+    said = [getattr(attn, flag) for flag in ("is_causal", "is_decoder") if isinstance(getattr(attn, flag, None), bool)]
+    if said or getattr(config, "is_decoder", False):
+        return any(said) or not said
+    return any(name in arguments for name in _CACHES)
+
+
+def _width(query: str, modules: dict[str, nn.Module]) -> int:
+    return linear_sizes(modules[query])[0]
+
+
 def _find_sites(block: nn.Module, row: Row, attn: nn.Module) -> dict[str, tuple[Place, ...]]:
     found: dict[str, list[Place]] = defaultdict(list)
     for path, module in block.named_modules():
-        if not _is_linear(module) or re.search(row.cross, path):
+        if not _is_linear(module) or re.search(row.cross, path) or _ROUTED.search(path):
             continue
         for site, pattern in row.sites.items():
             if re.fullmatch(pattern, path):
                 found[site].append(Place(path, *linear_sizes(module)))
         for pattern, parts in row.fused.items():
-            if re.fullmatch(pattern, path):
+            if parts and re.fullmatch(pattern, path):
                 for site, place in zip(parts, _slices(path, module, attn), strict=True):
                     found[site].append(place)
     return {site: tuple(found[site]) for site in LINEAR_SITES if site in found}
@@ -149,10 +177,8 @@ def _slices(path: str, module: nn.Module, attn: nn.Module) -> list[Place]:
     """Queries, keys and values in a fused layer: Q heads first, then as many features for keys as for values."""
     size_in, size_out = linear_sizes(module)
     config = getattr(attn, "config", None)
-    heads = getattr(attn, "num_heads", None) or getattr(config, "num_attention_heads", None)
-    if not heads:
-        raise AnatomyError(f"{type(attn).__name__}.{path} is fused, but neither it nor its config says num_heads.")
-    head_dim = next(int(getattr(attn, a)) for a in _HEAD_DIM if hasattr(attn, a))
-    query = int(heads) * head_dim
+    heads = next((n for n in (getattr(attn, "num_heads", 0), getattr(config, "num_attention_heads", 0)) if n), 0)
+    head_dim = next((int(getattr(attn, a)) for a in _HEAD_DIM if hasattr(attn, a)), 0)
+    query = int(heads) * head_dim or size_out // 3  # without a word of heads: as many for each
     key = (size_out - query) // 2
     return [Place(path, size_in, n, start) for n, start in ((query, 0), (key, query), (key, query + key))]

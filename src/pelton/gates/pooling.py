@@ -36,7 +36,7 @@ def padding_of(attention_mask: Tensor | BlockMask | None, tokens: int) -> Tensor
             padded.
         tokens: T. A mask over more keys than tokens comes from decoding with a cache, one unpadded token at a time.
     """
-    if attention_mask is None or attention_mask.shape[-1] != tokens:
+    if attention_mask is None or not reads_padding(attention_mask, tokens):
         return None
     if isinstance(attention_mask, BlockMask):
         device = attention_mask.kv_num_blocks.device
@@ -48,5 +48,14 @@ def padding_of(attention_mask: Tensor | BlockMask | None, tokens: int) -> Tensor
         seen = attention_mask[:, 0, 0]
     else:
         seen = attention_mask[:, 0].diagonal(dim1=-2, dim2=-1)
-    additive = seen.is_floating_point() and attention_mask.dim() == 4
-    return seen > -1 if additive else seen != 0
+    if not seen.is_floating_point():
+        return seen != 0
+    if attention_mask.dim() == 4:
+        return seen > -1
+    return torch.where((seen < 0).any(), seen > -1, seen != 0)  # [B, T] may be either
+
+
+def reads_padding(attention_mask: Tensor | BlockMask, tokens: int) -> bool:
+    """Tells whether a mask has a form that `padding_of` knows, for as many keys as tokens."""
+    known = isinstance(attention_mask, BlockMask) or attention_mask.dim() in (2, 4)
+    return known and attention_mask.shape[-1] == tokens

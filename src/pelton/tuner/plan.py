@@ -193,7 +193,18 @@ def fitting_methods(config: PeltonConfig, anatomy: Anatomy) -> tuple[MethodSpec,
 def _plan_block(config: PeltonConfig, block: Block, methods: tuple[MethodSpec, ...]) -> BlockPlan:
     left = tuple(m for m in methods if m.kind not in config.pruned_from(block.index))
     gated = left if config.gate_spec.static else methods  # a softmax over fewer methods would be another gate
-    gate = config.gate_spec.build(Place(tuple(m.kind for m in gated), block.hidden_size, block.causal, block.index))
+    if block.static and not config.gate_spec.static:
+        raise AnatomyError(
+            f"Gates in {block.name!r} cannot read the input, since {block.static}. Use one that does not: 'scalar', or "
+            "FixedGate."
+        )
+    if not (block.pools or block.causal) and getattr(config.gate_spec, "granularity", None) == "example":
+        raise AnatomyError(
+            f"`granularity != 'example'` must hold in {block.name!r}, whose attention does not tell padding in a known "
+            "way: a pooled gate would see it. Use granularity='token' (or 'auto')."
+        )
+    kinds = tuple(m.kind for m in gated)
+    gate = config.gate_spec.build(Place(kinds, block.hidden_size, not block.pools, block.index))
     if block.windowed and gate.granularity == "token":
         raise SpecError(
             f"`granularity != 'token'` must hold where attention runs in windows, but got granularity='token' for "

@@ -35,9 +35,14 @@ def together(
     groups = {}
     for kind, some in parts.items():
         for sites in ONE_INPUT:
-            keys = tuple(key for key, part in some.items() if key.startswith(sites) and _first(part) is not None)
-            if len(keys) > 1 and not any(key.startswith(sites) for key in own):
-                groups.update({(kind, key): keys for key in keys})
+            if any(key.startswith(sites) for key in own):
+                continue
+            of_width: dict[int, list[str]] = {}
+            for key, part in some.items():
+                first = _first(part) if key.startswith(sites) else None
+                if first is not None:
+                    of_width.setdefault(first.shape[1], []).append(key)
+            groups.update({(kind, k): tuple(keys) for keys in of_width.values() if len(keys) > 1 for k in keys})
     return groups
 
 

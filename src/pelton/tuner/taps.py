@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pelton.gates.pooling import padding_of
+from pelton.errors import AnatomyError
+from pelton.gates.pooling import padding_of, reads_padding
 from pelton.tuner.attention import AttentionTap
 from pelton.tuner.block import GatedBlock
 
@@ -33,6 +34,12 @@ class OpenAtAttention:
         mask = None
         if self.mask is not None:
             mask = args[self.position] if len(args) > self.position else kwargs.get(self.mask)
+        if mask is not None and self.gated.block.pools and not reads_padding(mask, x.shape[1]):
+            raise AnatomyError(
+                f"{type(module).__name__} in {self.gated.block.name!r} has a mask {tuple(mask.shape)} for {x.shape[1]} "
+                "tokens, from which padding cannot be told. Use a gate with granularity='token', or add a row with "
+                "padding=None for this architecture to pelton.anatomy.rows."
+            )
         self.gated.open(x, padding_of(mask, x.shape[1]))
 
 
