@@ -102,13 +102,13 @@ def attention_forward(
         key, value, kwargs = _filled(query.shape[2], key, value, kwargs)
     routes = list(tap.gated.routed())
     inputs = (query, key, value)
-    if tap.gated.routes is None:
+    if not tap.gated.mixed:
         return _attend(tap, module, [name for name, _ in routes], inputs, attention_mask, **kwargs)
     output, weights = _attend(tap, module, [], inputs, attention_mask, **kwargs)
     for name, rows in routes:
         assert rows is not None
         if tap.gated.attends(name):
-            at = tap.gated.window_rows(rows, query)
+            at = tap.gated.rows_in(rows, query)
             some, seen = _attend(tap, module, [name], *_of_rows(at, inputs, attention_mask), **_of_kwargs(at, kwargs))
             output = output.index_copy(0, at, some)
             weights = None if weights is None or seen is None else weights.index_copy(0, at, seen)

@@ -19,18 +19,18 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from pelton.anatomy import Block
+from pelton.errors import AdapterError, AnatomyError
 from pelton.gates import Gate
 from pelton.methods import DilatedPart, Part, PrefixPart
+from pelton.tuner.flow import Flow, Flows, fit
 from pelton.tuner.plan import BlockPlan, Edit, Edits, Wiring
 from pelton.tuner.products import products
+from pelton.tuner.routing import Route, Routes
 
 if TYPE_CHECKING:
     from pelton.tuner.taps import Taps
 
 P = TypeVar("P", bound=nn.Module)
-
-Route = tuple[str, Tensor | None]
-"""An adapter and the rows of the batch that it serves; None means all rows."""
 
 
 class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is not typed
@@ -47,16 +47,13 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
         self.methods = nn.ModuleDict()
         self.wirings: dict[str, Wiring] = {}
         self.off: frozenset[str] = frozenset()
-        self.routes: list[Route] | None = None
+        self.routes: Routes | None = None
         self.kept: list[tuple[str, Tensor, Tensor | None]] | None = None
         self.frozen_peft_weight_names: dict[str, tuple[str, ...]] = {}
         self.merged_adapters: list[str] = []
         self._active_adapter: list[str] = []
         self._disable_adapters: bool = False
-        self._batch = 0
-        self._values: dict[str, Tensor] = {}
-        self._inputs: dict[str, Tensor] = {}
-        self._products: dict[tuple[str, tuple[str, ...]], tuple[Tensor, dict[str, Tensor]]] = {}
+        self.flows = Flows()
 
     def add(self, adapter: str, plan: BlockPlan) -> None:
         """Takes in the gate and the parts of one more adapter."""
@@ -85,9 +82,14 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
         if self._disable_adapters:
             return
         everyone: list[Route] = [(name, None) for name in self._active_adapter]
-        for name, rows in everyone if self.routes is None else self.routes:
+        for name, rows in everyone if not self.mixed else self.routes.served:  # type: ignore[union-attr]
             if name in self.wirings:
                 yield name, rows
+
+    @property
+    def mixed(self) -> bool:
+        """Whether this thread runs a batch whose rows have adapters of their own."""
+        return self.routes is not None and self.routes.mine
 
     def open(self, x: Tensor, mask: Tensor | None) -> None:
         """Computes the gate values of this forward.
@@ -95,32 +97,43 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
         Args:
             x: the block's input, [B, T, D].
             mask: 1 for tokens and 0 for padding, [B, T]; None when nothing is padded.
+
+        Raises:
+            AdapterError: a mixed batch has not as many rows as there are names.
         """
-        self._batch, self._products = x.shape[0], {}
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-            # Recomputation by checkpointing does not reach the end of the block: clean up when backward ends.
-            torch.autograd.Variable._execution_engine.queue_callback(self.close)
+        if self.mixed:
+            self.routes.require_rows(x.shape[0])  # type: ignore[union-attr]
+        values = self.flows.open(x.shape[0]).values
         for name, rows in self.routed():
             gate = self.gates[name]
             with _full_precision(x.device.type):
                 if rows is not None:
                     mask_rows = None if mask is None else mask.expand(x.shape[:2])[rows]
-                    self._values[name] = gate(x[rows], mask_rows)
+                    values[name] = gate(x[rows], mask_rows)
                 else:
-                    self._values[name] = gate(x, mask)
+                    values[name] = gate(x, mask)
             if self.kept is not None:
-                self.kept.append((name, self._values[name], mask))
+                self.kept.append((name, values[name], mask))
 
     def close(self) -> None:
         """Forgets the gate values and inputs of this forward."""
-        self._values, self._inputs, self._products = {}, {}, {}
+        self.flows.close()
+
+    def _flow(self, path: str) -> Flow:
+        flow = self.flows.here()
+        if flow is None:
+            raise AnatomyError(
+                f"{path} in {self.block.name!r} runs before the attention {self.block.attention!r}, where gates open. "
+                "Name other sites, or add a row for this architecture to pelton.anatomy.rows."
+            )
+        return flow
 
     def keep_input(self, path: str, x: Tensor) -> None:
         """Keeps a layer's input for parts at another site that read it."""
         for name, _ in self.routed():
             site = self.wirings[name].origins.get(path)
             if site is not None:
-                self._inputs[site] = x
+                self._flow(path).inputs[site] = x
 
     def edit(self, path: str, edits: Edits, y: Tensor, x: Tensor) -> Tensor:
         """Applies all parts that edit the input or the output of one layer.
@@ -136,13 +149,13 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
                 if edit.kind in self.off:
                     continue
                 part = self.part(name, edit.kind, edit.key)
-                source = self._inputs[part.origin] if part.origin else x
+                source = self._flow(path).inputs[part.origin] if part.origin else x
                 gate = self._opening(name, edit.kind, edit.number)
                 if rows is None:
                     z = self._product(name, edit, source)
                     y = _in_slice(part, y, source, self._fit(gate, y), edit, z)
                 else:
-                    at = self.window_rows(rows, y)
+                    at = self.rows_in(rows, y)
                     z = self._product(name, edit, source, at)
                     some = _in_slice(part, y[at], source[at], self._fit(gate, y[at]), edit, z)
                     y = y.index_copy(0, at, some)
@@ -160,11 +173,12 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
         keys = self.wirings[name].together.get((edit.kind, edit.key))
         if keys is None:
             return None
-        of, found = self._products.get((name, keys), (None, {}))
+        kept = self._flow(edit.key).products
+        of, found = kept.get((name, keys), (None, {}))
         if of is not x:
             mine = x if at is None else x[at]
             found = products({key: self.part(name, edit.kind, key) for key in keys}, mine)
-            self._products[name, keys] = (x, found)
+            kept[name, keys] = (x, found)
         return found[edit.key]
 
     def attends(self, name: str) -> bool:
@@ -196,20 +210,16 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
     def _opening(self, name: str, kind: str, number: int) -> Tensor:
         """Returns a method's gate values: [B or 1, T or 1, 1], or one for each of its units."""
         start, stop = gate_of(self, name).units.get(kind, (number, number + 1))
-        return self._values[name][..., start:stop]
+        return self._flow(kind).values[name][..., start:stop]
 
     def _fit(self, gate: Tensor, y: Tensor) -> Tensor:
-        """Repeats the gate values of each example for its windows, where attention runs in windows."""
-        if not self.block.windowed or gate.shape[0] in (1, y.shape[0]):
-            return gate
-        return gate.repeat_interleave(y.shape[0] // gate.shape[0], dim=0)
+        return fit(gate, y, self.block.windowed)
 
-    def window_rows(self, rows: Tensor, y: Tensor) -> Tensor:
-        """Turns rows of the batch into rows of examples × windows."""
-        if not self.block.windowed or y.shape[0] == self._batch:
-            return rows
-        windows = y.shape[0] // self._batch
-        return (rows[:, None] * windows + torch.arange(windows, device=rows.device)).flatten()
+    def rows_in(self, rows: Tensor, y: Tensor) -> Tensor:
+        """Turns rows of the batch into rows of examples × windows, or of examples × tokens."""
+        if self.block.static:
+            raise AdapterError(f"Rows cannot have adapters of their own in {self.block.name!r}: {self.block.static}.")
+        return self._flow("").rows_in(rows, y)
 
     def get_base_layer(self) -> nn.Module:
         """Refused: PEFT looks through this for weight and bias, and a gated block wraps no layer."""
@@ -229,7 +239,14 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the tensors of a forward out of copies and pickles."""
-        return self.__dict__ | {"_values": {}, "_inputs": {}, "_products": {}, "kept": None, "routes": None}
+        return self.__dict__ | {"kept": None, "routes": None}
+
+    def _replicate_for_data_parallel(self) -> GatedBlock:
+        """Refused: replicas would share the hooks, and so the parameters, of the original."""
+        raise AdapterError(
+            "nn.DataParallel copies modules without what is hooked to them. Start one process for each GPU with "
+            "torchrun or accelerate launch (DistributedDataParallel), or show one with CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def gate_of(block: GatedBlock, adapter: str) -> Gate:

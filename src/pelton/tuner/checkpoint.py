@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,6 +15,7 @@ from pelton.tuner.store import digest
 
 if TYPE_CHECKING:
     from pelton.tuner.config import PeltonConfig
+    from pelton.tuner.plan import BlockPlan
 
 _CONTAINERS = (".pelton.gates.", ".pelton.methods.")
 
@@ -87,6 +89,26 @@ def check_folded(model: nn.Module, config: PeltonConfig) -> None:
             "Part of this adapter was folded into a backbone's weights, and this backbone does not have them. Load the "
             "backbone that was saved when it was folded."
         )
+
+
+def check_names(names: Sequence[str], plans: Sequence[BlockPlan]) -> None:
+    """Refuses adapter names that are also components of adapters' keys.
+
+    PEFT leaves other adapters out of a saved one by looking for their names anywhere in a key.
+    """
+    taken = {"gates", "methods", "base_model", "model", "pelton"}
+    for plan in plans:
+        taken.update(plan.block.name.split("."))
+        modules: list[tuple[str, nn.Module]] = [("", plan.gate)]
+        modules += [(f"{kind}.{key}", part) for kind, parts in plan.parts.items() for key, part in parts.items()]
+        for path, module in modules:
+            taken.update(path.split("."), *(key.split(".") for key in module.state_dict()))
+    for name in names:
+        if not name or "." in name or name in taken:
+            raise AdapterError(
+                f"An adapter cannot be named {name!r}: parts of the model or of adapters are, and PEFT tells their "
+                "weights apart by these names. Choose another one."
+            )
 
 
 def _check_fit(model: nn.Module, adapter: str, found: dict[str, torch.Tensor]) -> None:

@@ -23,7 +23,7 @@ from pelton.errors import AdapterError
 from pelton.gates.penalties import wanted
 from pelton.tuner.atomic import as_before
 from pelton.tuner.block import GatedBlock
-from pelton.tuner.checkpoint import CheckpointKeys, check_folded, check_heads
+from pelton.tuner.checkpoint import CheckpointKeys, check_folded, check_heads, check_names
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.merge import check_foldable, check_untied, fold_block
 from pelton.tuner.penalise import GatePenalty, attach_penalties
@@ -91,7 +91,7 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
             with context:
                 plans = make_plan(config, anatomy)
                 bind_parts(plans, model)
-            _check_names(list(self.peft_config), plans)
+            check_names(list(self.peft_config), plans)
         except Exception:
             del self.peft_config[adapter_name]
             raise
@@ -146,6 +146,11 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Removes one adapter, with the hooks that only it needed and the blocks that only it had."""
+        if list(self.peft_config) == [adapter_name]:
+            raise AdapterError(
+                f"{adapter_name!r} is the only adapter, and a model without one is no PEFT model. Call unload() for "
+                "the plain backbone."
+            )
         was_active = adapter_name in self.active_adapters
         left = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
@@ -160,6 +165,10 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
                 block.taps.connect(parent, name)
         if was_active:
             self.set_adapter(left or list(self.peft_config)[:1])
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Refused: PEFT's way knows LoRA alone."""
+        raise AdapterError("Adapters of several method kinds are combined with pelton.combine(model, …).")
 
     def take_off(self, adapter_name: str) -> None:
         """Removes an adapter that could not be loaded; everything is as it was before it came."""
@@ -176,7 +185,9 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
             return nullcontext()
         if self.training:
             raise AdapterError("adapter_names is for inference, but the model is in training mode. Call model.eval().")
-        return routed_batch(self, list(names), int(kwargs.get("num_beams") or 1))
+        given = kwargs.get("generation_config")
+        counts = (kwargs.get(key) or getattr(given, key, None) or 1 for key in ("num_beams", "num_return_sequences"))
+        return routed_batch(self, names, max(counts))
 
     def _check_merge_allowed(self, adapter_names: Sequence[str] | None = None) -> None:
         """Raises AdapterError unless every part of the adapters folds exactly."""
@@ -251,19 +262,3 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
         for name, module in self.model.named_modules():
             if isinstance(module, GatedBlock):
                 yield name.removesuffix(f".{CHILD}"), module
-
-
-def _check_names(names: Sequence[str], plans: Sequence[BlockPlan]) -> None:
-    """Refuses adapter names that are also components of adapters' keys.
-
-    PEFT leaves other adapters out of a saved one by looking for their names anywhere in a key.
-    """
-    taken = {"gates", "methods", CHILD}
-    for plan in plans:
-        modules: list[tuple[str, nn.Module]] = [("", plan.gate)]
-        modules += [(f"{kind}.{key}", part) for kind, parts in plan.parts.items() for key, part in parts.items()]
-        for path, module in modules:
-            taken.update(path.split("."), *(key.split(".") for key in module.state_dict()))
-    for name in names:
-        if not name or "." in name or name in taken:
-            raise AdapterError(f"An adapter cannot be named {name!r}: parts of adapters are. Choose another name.")

@@ -27,8 +27,9 @@ def _member() -> Any:
 PELTON = _member()
 """`PeftType.PELTON`."""
 
-PREFIX = "pelton_"
-"""PEFT's unique prefix of the method. No key holds it: adapters are found by their layers' type."""
+PREFIX = "pelton."
+"""PEFT's unique prefix of the method: `….pelton.methods.lora.attn_q.A` is saved, and gets its adapter's name behind the
+next word, `….pelton.methods.default.lora.attn_q.A`, also where transformers loads it without PEFT's model."""
 
 
 def register(config: type, tuner: type) -> None:
