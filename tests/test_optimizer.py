@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,13 +15,13 @@ from fits import At, Make, assert_same, press_ctrl_c, weights
 from pelton import LoRA, MLPGate, PeltonConfig, Prefix, find_anatomy
 from pelton.errors import RecipeError
 from pelton.tasks.heads import MeanPoolingClassifier
+from pelton.training.arguments import one_device, training_arguments
 from pelton.training.depth import parameter_depths
 from pelton.training.fit import Interrupted, fit, resume
 from pelton.training.optimizer import make_optimizer, parameter_groups, trained_groups
 from pelton.training.prepare import prepare
 from pelton.training.recipe import TrainingSettings
 from pelton.training.run import Run
-from pelton.training.trainer import training_arguments
 from tiny import sentences
 from zoo import ARCHS, Arch
 
@@ -330,3 +331,11 @@ def test_a_rate_for_a_method_that_the_adapter_lacks(make: Make) -> None:
 def test_what_would_have_no_effect_is_refused(make: Make, adapter: Any, change: Any, why: str) -> None:
     with pytest.raises(RecipeError, match=f"training.{next(iter(change))} would have no effect, since {why}"):
         fit(make(adapter, **change))
+
+
+def test_one_process_uses_one_gpu() -> None:
+    arguments: Any = SimpleNamespace(n_gpu=2, _n_gpu=2)
+    with pytest.warns(UserWarning, match="Of 2 GPUs one is used. To use all, start one process for each with torchrun"):
+        assert one_device(arguments)._n_gpu == 1
+    single: Any = SimpleNamespace(n_gpu=1, _n_gpu=1)
+    assert one_device(single) is single

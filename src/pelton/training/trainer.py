@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState
 from transformers.trainer_pt_utils import LabelSmoother
 
 from pelton.errors import TrainingError
-from pelton.tasks.base import LOWER_IS_BETTER, Task
+from pelton.tasks.base import Task
 from pelton.training.anchor import make_anchor
+from pelton.training.arguments import one_device, training_arguments
 from pelton.training.batching import EachEpoch, TokenBatches, make_sampler
 from pelton.training.folder import RunFolder
 from pelton.training.losses import make_loss
@@ -28,13 +28,6 @@ from pelton.tuner.controls import gate_penalty
 from pelton.tuner.penalise import share_of_step
 
 Judge = Callable[[], dict[str, float]]
-
-# transformers 5.23 renamed the argument and warns about the old name; 5.20 has only that.
-CHECKPOINTING = next(
-    field.name
-    for field in dataclasses.fields(TrainingArguments)
-    if field.name in ("activation_checkpointing", "gradient_checkpointing")
-)
 
 
 class GatedTrainer(Trainer):  # type: ignore[misc]
@@ -62,7 +55,7 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
             targets: Of the training examples; empty where they are streamed.
             **options: Go to transformers.
         """
-        super().__init__(args=training_arguments(settings, folder, judge is not None), **options)
+        super().__init__(args=one_device(training_arguments(settings, folder, judge is not None)), **options)
         self.settings = settings
         self.folder = folder
         self.judge = judge
@@ -120,7 +113,7 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
             else:
                 outputs = model(**inputs)
                 loss = self.criterion(outputs["logits"], inputs["labels"]) * share
-        extra = penalty().to(loss.device) / max(1, self.args.n_gpu)
+        extra = penalty().to(loss.device)
         if self.anchor is not None:
             extra = extra + self.anchor()
         loss = loss + extra * share
@@ -205,45 +198,3 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
             f"Training stopped at step {state.global_step + 1}: {what}. {kept}. "
             "Lower training.learning_rate, raise training.warmup_ratio, or use precision fp32."
         )
-
-
-def training_arguments(settings: TrainingSettings, folder: RunFolder, validated: bool) -> TrainingArguments:
-    """Says a recipe's training section in transformers' words; `validated` says whether there are validation rows."""
-    every = "epoch" if settings.evaluate_every is None else "steps"
-    return TrainingArguments(
-        output_dir=str(folder.checkpoints),
-        num_train_epochs=settings.epochs,
-        max_steps=settings.max_steps or -1,
-        per_device_train_batch_size=settings.batch_size,
-        per_device_eval_batch_size=settings.eval_batch_size,
-        gradient_accumulation_steps=settings.gradient_accumulation,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant_with_warmup" if settings.schedule == "constant" else settings.schedule,
-        warmup_steps=settings.warmup_ratio,
-        max_grad_norm=settings.max_grad_norm,
-        seed=settings.seed,
-        # Without it CPUs do not share a run, and bf16 is looked for on GPUs.
-        use_cpu=not torch.accelerator.is_available()
-        or (settings.precision == "bf16" and not torch.cuda.is_available()),
-        bf16=settings.precision == "bf16",
-        fp16=settings.precision == "fp16",
-        eval_strategy=every if validated else "no",
-        save_strategy=every,
-        eval_steps=settings.evaluate_every,
-        save_steps=settings.evaluate_every or 500,
-        save_total_limit=2,  # the best and the last; with 1, transformers deletes the last when training stops
-        load_best_model_at_end=validated,
-        metric_for_best_model=settings.metric_for_best if validated else None,
-        greater_is_better=settings.metric_for_best not in LOWER_IS_BETTER,
-        restore_callback_states_from_checkpoint=True,
-        remove_unused_columns=False,
-        label_names=["labels"],
-        logging_steps=settings.log_every,
-        logging_nan_inf_filter=False,
-        disable_tqdm=True,
-        report_to=list(settings.trackers),
-        run_name=folder.path.name,
-        log_level="error",
-        dataloader_pin_memory=torch.cuda.is_available(),
-        **{CHECKPOINTING: settings.gradient_checkpointing},
-    )
