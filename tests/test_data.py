@@ -321,7 +321,7 @@ def test_rows_are_not_tested_on_that_were_learned_or_chosen_by(tmp_path: Path) -
         write_jsonl(tmp_path / f"{split}.jsonl", rows)
     with pytest.raises(DataError, match=r"task.test names the training rows \(.*train.jsonl\)"):
         load(task(tmp_path, test="train"), seed=0)
-    with pytest.raises(DataError, match="task.validation and task.test name the same rows"):
+    with pytest.raises(DataError, match=r"task.validation and task.test name the same rows"):
         load(task(tmp_path, validation="validation", test="validation"), seed=0)
     loaded = load_task(task(tmp_path, test="validation", validation_fraction=0.25), seed=0)
     assert [len(loaded.splits[split]) for split in ("train", "validation", "test")] == [15, 5, 20]

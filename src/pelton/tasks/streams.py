@@ -57,10 +57,11 @@ class TrainingStream:
 
         def endless() -> Iterator[dict[str, Any]]:
             while True:
-                count = 0
-                for count, row in enumerate(self.encoded(processor), 1):
+                empty = True
+                for row in self.encoded(processor):
+                    empty = False
                     yield row
-                if not count:
+                if empty:
                     raise DataError(f"{self.task.settings.data}: nothing is left of the rows to train on.")
 
         rows = datasets.IterableDataset.from_generator(endless)
