@@ -84,6 +84,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 LAYERS = [
     {"version", "errors", "registration"},
+    {"arguments"},
     {"registry"},
     {"methods", "gates"},
     {"anatomy"},
@@ -353,6 +354,14 @@ def test_configs_survive_copies_and_pickles() -> None:
         assert twin == config
         assert twin.peft_type is config.peft_type
         assert twin.to_dict() == config.to_dict()
+
+
+def test_signatures_name_the_arguments() -> None:
+    """They are what editors and `help` show, and what PEFT looks up where a file has unknown keys."""
+    assert list(inspect.signature(pelton.LoRA).parameters) == ["rank", "alpha", "dropout", "sites", "layers"]
+    assert {"hidden_size", "entropy"} < set(inspect.signature(pelton.MLPGate).parameters)
+    assert {"methods", "gate", "peft_type"} < set(inspect.signature(PeltonConfig).parameters)
+    assert {"methods", "gate", "peft_type"} < set(inspect.signature(PeltonConfig.__init__).parameters)
 
 
 def test_keys_of_an_adapter_are_those_under_its_gated_blocks() -> None:

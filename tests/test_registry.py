@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -28,7 +29,7 @@ from pelton import (
     register_method,
     set_methods,
 )
-from pelton.errors import SpecError, UnknownName
+from pelton.errors import SpecError, UnknownArgument, UnknownName
 from pelton.gates import GATES, DynamicGateSpec, Gate, GateSpec, Place, StaticGate
 from pelton.gates.pooling import masked_mean
 from pelton.methods import LINEAR_SITES, MethodSpec, Part, Shape
@@ -138,6 +139,40 @@ def test_outsiders_are_known_by_name() -> None:
         PeltonConfig(methods=[{"kind": "ssf", "stdd": 0.1}])
     with pytest.raises(SpecError, match="`std >= 0` must hold, but got std=-1"):
         SSF(std=-1)
+
+
+def test_outsiders_arguments_are_checked_too() -> None:
+    with pytest.raises(UnknownArgument, match=r"Unknown argument of SSF 'stdd'. Did you mean 'std'\? Known: layers, "):
+        SSF(stdd=0.1)  # type: ignore[call-arg]
+    with pytest.raises(UnknownArgument, match=r"'target_modules'. Did you mean 'sites'\? The sites of 'ssf' are"):
+        SSF(target_modules=["query"])  # type: ignore[call-arg]
+    with pytest.raises(SpecError, match=r"`std is a finite number` must hold, but got std='0'. Write std=0"):
+        SSF(std="0")  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="`start is a finite number` must hold, but got start=None"):
+        NormGate(start=None)  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="`entropy is a finite number` must hold, but got entropy=inf"):
+        NormGate(entropy=math.inf)
+    assert SSF(sites=["ffn.in"]).sites == ("ffn.in",)  # type: ignore[arg-type]
+
+
+def test_annotations_that_cannot_be_read_are_not_held_against_values() -> None:
+    @dataclasses.dataclass(frozen=True)
+    class Local(MethodSpec):
+        kind: ClassVar[str] = "local"
+
+        size: Sizes = 3  # type: ignore[name-defined]  # noqa: F821 - as a name for type checkers alone
+        sites: tuple[str, ...] = ("ffn.out",)
+        layers: tuple[int, ...] | None = None
+
+        def __post_init__(self) -> None:
+            super().__post_init__()
+            require(self.size > 0, "size > 0", size=self.size)
+
+    assert Local(sites=["ffn.in"]).sites == ("ffn.in",)  # type: ignore[arg-type]
+    with pytest.raises(UnknownArgument, match=r"Unknown argument of Local 'sise'. Did you mean 'size'"):
+        Local(sise=3)  # type: ignore[call-arg]
+    with pytest.raises(SpecError, match=r"'local' cannot be made from \{'size': '3'\}: '>' not supported"):
+        Local.from_dict({"kind": "local", "size": "3"})
 
 
 @pytest.mark.parametrize("name", ["bert", "llama", "vit", "gpt2"])

@@ -2,7 +2,9 @@
 
 PeltonError
 ├── SpecError          a value in a method, gate or adapter configuration breaks a law
-│   └── UnknownName    a method, gate, site, key, recipe or adapter name that does not exist
+│   ├── UnknownName    a method, gate, site, key, recipe or adapter name that does not exist
+│   └── ArgumentError  an argument of a wrong type, or one too many; a TypeError, too
+│       └── UnknownArgument  an argument that does not exist; an UnknownName, too
 ├── AnatomyError       a backbone without blocks, or without a site that was asked for
 ├── AdapterError       an adapter that cannot be saved, loaded, switched or merged
 ├── RecipeError        a recipe that cannot be read, or that asks for what does not exist
@@ -29,6 +31,14 @@ class UnknownName(SpecError):  # noqa: N818 - reads as the sentence it prints
     """A name that is not in the list of what exists."""
 
 
+class ArgumentError(SpecError, TypeError):
+    """An argument is of a type that cannot be taken, or is given twice."""
+
+
+class UnknownArgument(UnknownName, ArgumentError):  # noqa: N818 - likewise
+    """An argument that is not in the list of those that exist."""
+
+
 class AnatomyError(PeltonError, ValueError):
     """A backbone lacks blocks or sites."""
 
@@ -53,15 +63,27 @@ class StudyError(PeltonError, RuntimeError):
     """A study cannot start or go on, or nothing came of it."""
 
 
-def nearest(name: object, known: Iterable[str]) -> str | None:
-    """Returns the known name that is most like `name`, or None when nothing is alike."""
-    found = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.5)
+def nearest(name: object, known: Iterable[str], likeness: float = 0.5) -> str | None:
+    """Returns the known name that is most like `name`, or None when nothing is alike (0 not at all, 1 equal)."""
+    found = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=likeness)
     return found[0] if found else None
 
 
-def unknown(what: str, name: object, known: Iterable[str]) -> UnknownName:
-    """Builds the error for an unknown name: what it is, the nearest valid one, and the whole list."""
+def unknown(
+    what: str, name: object, known: Iterable[str], hint: str | None = None, error: type[UnknownName] = UnknownName
+) -> UnknownName:
+    """Builds the error for an unknown name.
+
+    Args:
+        what: what it is the name of.
+        name: what was given.
+        known: the names that exist, all of which are listed.
+        hint: sentences that say what to write instead; the nearest known name when not given.
+        error: the class of the error.
+    """
     names = sorted(known)
-    guess = nearest(name, names)
-    hint = f" Did you mean {guess!r}?" if guess else ""
-    return UnknownName(f"Unknown {what} {name!r}.{hint} Known: {', '.join(names) or 'none'}.")
+    if hint is None:
+        guess = nearest(name, names)
+        hint = f"Did you mean {guess!r}?" if guess else ""
+    said = f" {hint}" if hint else ""
+    return error(f"Unknown {what} {name!r}.{said} Known: {', '.join(names) or 'none'}.")

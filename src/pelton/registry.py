@@ -6,14 +6,19 @@ import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Generic, Self, TypeVar, cast
 
-from pelton.errors import SpecError, unknown
+from pelton.arguments import Strict, check_types, parameters
+from pelton.errors import ArgumentError, SpecError, unknown
 
 
 @dataclasses.dataclass(frozen=True)
-class Spec:
+class Spec(Strict):
     """The frozen hyperparameters of one method or gate; serialises to plain JSON with its `kind`."""
 
     kind: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        """Checks that every value is of its field's type; subclasses that check more call this first."""
+        check_types(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values, `kind` first; tuples become lists."""
@@ -28,14 +33,15 @@ class Spec:
             SpecError: a key is unknown, or a value is of a type that the spec cannot take.
         """
         given = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "kind"}
-        names = [f.name for f in dataclasses.fields(cls)]
+        names = parameters(cls)
         for key in given:
             if key not in names:
-                raise unknown(f"key of {cls.kind!r}", key, names)
+                raise unknown(f"key of {cls.kind!r}", key, names, cls.advice(key))
         try:
             return cls(**given)
         except TypeError as error:
-            raise SpecError(f"{cls.kind!r} cannot be made from {given!r}: {error}.") from error
+            reason = str(error).removesuffix(".")
+            raise ArgumentError(f"{cls.kind!r} cannot be made from {given!r}: {reason}.") from error
 
 
 S = TypeVar("S", bound=Spec)
@@ -90,7 +96,11 @@ class Registry(Generic[S]):
         return iter(self._kinds)
 
     def parse(self, value: S | str | Mapping[str, Any]) -> S:
-        """Turns a spec, a kind's name or a `{"kind": …}` mapping into a spec."""
+        """Turns a spec, a kind's name or a `{"kind": …}` mapping into a spec.
+
+        Raises:
+            SpecError: the value is none of these, or no spec can be made of it.
+        """
         if isinstance(value, self.base):
             return value
         if isinstance(value, str):
@@ -99,7 +109,9 @@ class Registry(Generic[S]):
             if "kind" not in value:
                 raise SpecError(f"A {self.what} needs a 'kind', but got {dict(value)!r}. Known: {', '.join(self)}.")
             return self[str(value["kind"])].from_dict(value)
-        raise SpecError(f"A {self.what} is a spec, a name or a mapping with a 'kind', but got {value!r}.")
+        other: object = value  # what is here is none of what the annotation says
+        advice = f" Write {other.__name__}()." if isinstance(other, type) and issubclass(other, self.base) else ""
+        raise SpecError(f"A {self.what} is a spec, a name or a mapping with a 'kind', but got {value!r}.{advice}")
 
 
 def require(condition: bool, law: str, **values: object) -> None:

@@ -12,12 +12,10 @@ from typing import ClassVar, Literal
 
 from torch import Tensor, nn
 
-from pelton.errors import SpecError, unknown
+from pelton.errors import SpecError
 from pelton.registry import Registry, Spec, require
 
 Granularity = Literal["example", "token", "static"]
-
-GRANULARITIES = ("auto", "example", "token")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +101,8 @@ class DynamicGateSpec(GateSpec):
     balance: float = dataclasses.field(default=0.0, kw_only=True)
 
     def __post_init__(self) -> None:
-        """Checks names and ranges."""
-        if self.granularity not in GRANULARITIES:
-            raise unknown("granularity", self.granularity, GRANULARITIES)
+        """Checks types, names and ranges."""
+        super().__post_init__()
         for name in ("entropy", "l1", "balance"):
             require(getattr(self, name) >= 0, f"{name} >= 0", **{name: getattr(self, name)})
 

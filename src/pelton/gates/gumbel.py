@@ -29,7 +29,6 @@ from typing import Any, ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pelton.errors import unknown
 from pelton.gates.base import GATES, Gate, GateSpec, Place
 from pelton.registry import require, require_size
 
@@ -68,7 +67,8 @@ class GumbelGate(GateSpec):
     init: float = 0.5
 
     def __post_init__(self) -> None:
-        """Checks names and ranges."""
+        """Checks types, names and ranges."""
+        super().__post_init__()
         require(isinstance(self.sizes, Mapping), "sizes are by method", sizes=self.sizes)
         for kind, sizes in self.sizes.items():
             require(isinstance(sizes, Sequence) and len(sizes) > 0, "sizes is a list", kind=kind, sizes=sizes)
@@ -76,8 +76,6 @@ class GumbelGate(GateSpec):
                 require_size(size=size)
             require(list(sizes) == sorted(set(sizes)), "sizes rise", kind=kind, sizes=tuple(sizes))
         object.__setattr__(self, "sizes", {kind: tuple(sizes) for kind, sizes in self.sizes.items()})
-        if self.choose not in ("block", "method"):
-            raise unknown("choose", self.choose, ("block", "method"))
         require(self.temperature > 0, "temperature > 0", temperature=self.temperature)
         require(0 < self.init < 1, "0 < init < 1", init=self.init)
 

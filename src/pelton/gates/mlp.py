@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from pelton.errors import unknown
 from pelton.gates.base import GATES, DynamicGateSpec, Gate, Granularity, Place
 from pelton.gates.pooling import masked_mean
 from pelton.registry import require, require_size
@@ -44,14 +43,12 @@ class MLPGate(DynamicGateSpec):
     init_std: float = 0.01
 
     def __post_init__(self) -> None:
-        """Checks sizes, ranges and names."""
+        """Checks types, names, sizes and ranges."""
         super().__post_init__()
         require_size(hidden_size=self.hidden_size)
         require(self.temperature > 0, "temperature > 0", temperature=self.temperature)
         require(0 < self.init < 1, "0 < init < 1", init=self.init)
         require(self.init_std >= 0, "init_std >= 0", init_std=self.init_std)
-        if self.activation not in ("softmax", "sigmoid"):
-            raise unknown("activation", self.activation, ("softmax", "sigmoid"))
         require(
             self.l1 == 0 or self.activation == "sigmoid",
             "l1 == 0 or activation == 'sigmoid' (softmax values always sum to 1)",

@@ -112,8 +112,8 @@ class MethodSpec(Spec):
     """The parameter of a part that stands last in a product and starts at zero, where a part is such a product."""
 
     def __post_init__(self) -> None:
-        """Checks the fields every method shares: `sites` and `layers`."""
-        require(not isinstance(self.sites, str), "sites is a list of sites", sites=self.sites)
+        """Checks types, and the fields every method shares: `sites` and `layers`."""
+        super().__post_init__()
         object.__setattr__(self, "sites", tuple(self.sites))
         if self.layers is not None:
             object.__setattr__(self, "layers", tuple(self.layers))
@@ -125,6 +125,12 @@ class MethodSpec(Spec):
             require(site in self.allowed, f"a site of {self.kind!r} is one of {', '.join(self.allowed)}", site=site)
         require(len(self.sites) > 0, f"{self.kind!r} has at least one site", sites=self.sites)
         require(len(set(self.sites)) == len(self.sites), "every site is named once", sites=self.sites)
+
+    @classmethod
+    def advice(cls, name: str) -> str:
+        """Returns what to write instead of an argument that does not exist; names the sites, where it is about them."""
+        advice = super().advice(name)
+        return f"{advice} {allowed_sites(cls)}" if "'sites'" in advice else advice
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -162,6 +168,11 @@ class MethodSpec(Spec):
             shapes: of all places of the method in the backbone, also of those that were pruned.
             parts: those that were built.
         """
+
+
+def allowed_sites(spec: type[MethodSpec]) -> str:
+    """Says which sites a method may have; they have these names in every backbone."""
+    return f"The sites of {spec.kind!r} are {', '.join(spec.allowed)}."
 
 
 METHODS: Registry[MethodSpec] = Registry("method", MethodSpec)

@@ -63,15 +63,13 @@ class Bottleneck(MethodSpec):
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Checks sizes, ranges and names."""
+        """Checks types, sizes, ranges and names."""
         super().__post_init__()
         require_size(bottleneck_size=self.bottleneck_size)
         require(self.scaling > 0, "scaling > 0", scaling=self.scaling)
         require(0 <= self.dropout < 1, "0 <= dropout < 1", dropout=self.dropout)
         if self.activation not in ACTIVATIONS:
             raise unknown("activation", self.activation, ACTIVATIONS)
-        if self.mode not in ("sequential", "parallel"):
-            raise unknown("mode", self.mode, ("sequential", "parallel"))
 
     def build(self, shape: Shape) -> BottleneckPart:
         """Makes both layers for one place."""

@@ -25,14 +25,11 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pelton.errors import unknown
 from pelton.methods.base import METHODS, MethodSpec, Shape
 from pelton.methods.neighbourhood import neighbourhood, require_room
 from pelton.methods.segments import cached, segmented
 from pelton.methods.view import View, pick
 from pelton.registry import require, require_size
-
-SPACES = ("auto", "sequence", "grid")
 
 Sizes = int | tuple[int, ...]
 
@@ -69,17 +66,13 @@ class DilatedAttention(MethodSpec):
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Checks sizes, ranges and names."""
+        """Checks types, names, sizes and ranges."""
         super().__post_init__()
         for name in ("segment", "dilation", "kernel"):
-            value = getattr(self, name)
-            if isinstance(value, list | tuple):
-                object.__setattr__(self, name, tuple(value))
-                require(len(value) > 0, f"{name} has at least one value", **{name: value})
-            for size in _as_tuple(getattr(self, name)):
+            sizes = _as_tuple(getattr(self, name))
+            require(len(sizes) > 0, f"{name} has at least one value", **{name: sizes})
+            for size in sizes:
                 require_size(**{name: size})
-        if self.space not in SPACES:
-            raise unknown("space", self.space, SPACES)
         for kernel in _as_tuple(self.kernel):
             require(kernel % 2 == 1, "kernel is odd", kernel=kernel)
         for segment, dilation in self.rates if self.space != "grid" else ():
@@ -87,7 +80,6 @@ class DilatedAttention(MethodSpec):
             require(segment % dilation == 0, "segment % dilation == 0", segment=segment, dilation=dilation)
         _ = self.kernels  # as many kernels as dilations
         if self.heads is not None:
-            object.__setattr__(self, "heads", tuple(self.heads))
             require(len(self.heads) > 0, "heads has at least one head (None for all)", heads=self.heads)
             require(len(set(self.heads)) == len(self.heads), "every head is named once", heads=self.heads)
 

@@ -47,7 +47,7 @@ class LoRA(MethodSpec):
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Checks sizes and ranges."""
+        """Checks types, sizes and ranges."""
         super().__post_init__()
         require_size(rank=self.rank)
         require(self.alpha > 0, "alpha > 0", alpha=self.alpha)

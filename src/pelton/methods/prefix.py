@@ -15,12 +15,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pelton.errors import unknown
 from pelton.methods.base import METHODS, MethodSpec, Shape
 from pelton.registry import require, require_size
-
-PARAMETRISATIONS = ("kv", "mlp", "token")
-GATINGS = ("mass", "scale")
 
 Project = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Hidden states [P, D] → keys and values [P, kv_heads · head_dim], by the block's own layers."""
@@ -56,15 +52,11 @@ class Prefix(MethodSpec):
     layers: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        """Checks sizes and names."""
+        """Checks types, names and sizes."""
         super().__post_init__()
         require_size(prefix_length=self.prefix_length)
         require_size(mlp_size=self.mlp_size)
         require(self.init_std > 0, "init_std > 0", init_std=self.init_std)
-        if self.parametrisation not in PARAMETRISATIONS:
-            raise unknown("parametrisation", self.parametrisation, PARAMETRISATIONS)
-        if self.gating not in GATINGS:
-            raise unknown("gating", self.gating, GATINGS)
 
     def build(self, shape: Shape) -> PrefixPart:
         """Makes the prefix of one block."""
