@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import re
+import warnings
 from typing import Any, cast
 
 import pytest
@@ -12,8 +14,8 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
-from law import METHODS, attached, far, together
-from pelton import FixedGate, LinearGate, MLPGate, PeltonConfig, ScalarGate, record_gates, set_stage
+from law import METHODS, attached, far, together, wake
+from pelton import FixedGate, FrozenGate, LinearGate, MLPGate, PeltonConfig, ScalarGate, record_gates, set_stage
 from pelton.errors import AdapterError, SpecError, UnknownName
 from pelton.gates import Gate, GateSpec, Place
 from pelton.gates.penalties import penalty
@@ -288,6 +290,7 @@ RATIOS: list[tuple[FixedGate, list[float]]] = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:FixedGate holds every gate at 0")
 @pytest.mark.parametrize(("spec", "expected"), RATIOS)
 def test_fixed_ratios_are_buffers_that_training_leaves_alone(spec: FixedGate, expected: list[float]) -> None:
     arch = ARCHS["bert"]
@@ -306,6 +309,45 @@ def test_fixed_ratios_are_buffers_that_training_leaves_alone(spec: FixedGate, ex
         assert not any(b.requires_grad for b in gate.buffers())
         assert all(torch.equal(v, held[k]) for k, v in gate.state_dict().items())
         assert gate(_x(), None).flatten().tolist() == pytest.approx(expected, abs=1e-7)
+
+
+SHUT = [(FixedGate(0.0), True), (FixedGate({"lora": 0, "bottleneck": 0.0}), True)]
+OPEN = [
+    FixedGate({"lora": 1.0, "bottleneck": 0.0}),
+    FixedGate(stages={"pretrain": 0.0, "finetune": 0.1}),  # a stage is shut on purpose, and another one opens it
+    FrozenGate(values={"0": {"lora": 0.0, "bottleneck": 0.0}, "1": {"lora": 0.0, "bottleneck": 0.0}}),
+    ScalarGate(0.01),
+]
+
+
+@pytest.mark.parametrize(("spec", "warns"), [*SHUT, *[(spec, False) for spec in OPEN]])
+def test_training_behind_shut_gates_warns_once(spec: Any, warns: bool) -> None:
+    config = PeltonConfig(methods=[METHODS["lora"], METHODS["bottleneck"]], gate=spec)
+    model = get_peft_model(ARCHS["bert"].build().eval(), config)
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("default")
+        model.eval()
+        assert not seen
+        for _ in range(3):
+            model.train()
+    assert [w.category for w in seen] == [UserWarning] * warns
+    assert all(re.search(r"every gate at 0.*no gradient\. Give it ratios above 0", str(w.message)) for w in seen)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        twin.train()
+        twin.train()
+    assert len(seen) == 2 * warns  # of each block once, where all filters are off
+
+
+def test_behind_shut_gates_every_gradient_is_zero() -> None:
+    arch = ARCHS["bert"]
+    with pytest.warns(UserWarning, match="no gradient"):
+        model = wake(get_peft_model(arch.build().eval(), PeltonConfig(gate=FixedGate(0.0)))).train()
+    arch.run(model, arch.inputs()).square().sum().backward()
+    gradients = [p.grad for name, p in model.named_parameters() if ".pelton.methods." in name]
+    assert gradients
+    assert all(g is not None and not g.any() for g in gradients)
 
 
 def test_stages_enter_in_every_block() -> None:

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,11 @@ from torch import Tensor, nn
 from pelton.errors import SpecError, unknown
 from pelton.gates.base import GATES, GateSpec, Place, StaticGate
 from pelton.registry import require
+
+SHUT = (
+    "FixedGate holds every gate at 0, so the adapter adds nothing and its methods get no gradient. Give it ratios "
+    "above 0 (FixedGate(1.0) for methods without gates), or use a gate that learns, such as MLPGate()."
+)
 
 Ratio = float | Mapping[str, float]
 """One gate value for all methods, or one for each kind."""
@@ -41,7 +47,8 @@ class ScalarGate(GateSpec):
     init: float = 0.5
 
     def __post_init__(self) -> None:
-        """Checks the range."""
+        """Checks type and range."""
+        super().__post_init__()
         require(0 < self.init < 1, "0 < init < 1", init=self.init)
 
     def build(self, place: Place) -> ScalarGateModule:
@@ -81,10 +88,12 @@ class FixedGate(GateSpec):
     stage: str | None = None
 
     def __post_init__(self) -> None:
-        """Checks that every ratio lies in [0, 1] and that the stage exists."""
+        """Checks that every ratio is a number in [0, 1] and that the stage exists."""
+        super().__post_init__()
+        require(self.stages is None or isinstance(self.stages, Mapping), "stages are by name", stages=self.stages)
         for ratio in self.table.values():
             for value in ratio.values() if isinstance(ratio, Mapping) else (ratio,):
-                require(isinstance(value, int | float) and 0 <= value <= 1, "0 <= ratio <= 1", ratio=value)
+                require(_is_ratio(value), "0 <= ratio <= 1", ratio=value)
         require(len(self.table) > 0, "stages has at least one entry", stages=self.stages)
         if self.stage is not None and self.stage not in self.table:
             raise unknown("stage", self.stage, self.table)
@@ -98,10 +107,16 @@ class FixedGate(GateSpec):
         """Returns plain JSON values."""
         return super().to_dict() | {"stages": None if self.stages is None else dict(self.stages)}
 
+    @property
+    def shut(self) -> bool:
+        """Whether every ratio is 0 for good, as no stage opens one."""
+        ratios = self.value.values() if isinstance(self.value, Mapping) else (self.value,)
+        return self.stages is None and not any(ratios)
+
     def build(self, place: Place) -> FixedGateModule:
         """Makes the gate of one block."""
         rows = {stage: _row(ratio, place.methods) for stage, ratio in self.table.items()}
-        return FixedGateModule(place.methods, rows, self.stage)
+        return FixedGateModule(place.methods, rows, self.stage, shut=self.shut)
 
 
 Values = Mapping[str, Mapping[str, float]]
@@ -127,14 +142,17 @@ class FrozenGate(GateSpec):
     stage: str | None = None
 
     def __post_init__(self) -> None:
-        """Checks that every value lies in [0, 1] and that the stage exists."""
+        """Checks that every value is a number in [0, 1] and that the stage exists."""
+        super().__post_init__()
+        require(self.stages is None or isinstance(self.stages, Mapping), "stages are by name", stages=self.stages)
         require(len(self.table) > 0, "stages has at least one entry", stages=self.stages)
         for values in self.table.values():
+            require(isinstance(values, Mapping), "values are by block", values=values)
             for block, row in values.items():
+                require(isinstance(block, str), "blocks are numbers as text, such as '0'", block=block)
                 require(isinstance(row, Mapping), "values of a block are by kind", block=block, values=row)
                 for kind, value in row.items():
-                    known = isinstance(value, int | float) and 0 <= value <= 1
-                    require(known, "0 <= value <= 1", block=block, kind=kind, value=value)
+                    require(_is_ratio(value), "0 <= value <= 1", block=block, kind=kind, value=value)
         if self.stage is not None and self.stage not in self.table:
             raise unknown("stage", self.stage, self.table)
 
@@ -163,18 +181,32 @@ class FrozenGate(GateSpec):
 
 
 class FixedGateModule(StaticGate):
-    """Buffers: the current values [M], and those of all stages [S, M]."""
+    """Buffers: the current values [M], and those of all stages [S, M].
+
+    A gate that is `shut` in every block warns when training begins: nothing behind it would learn.
+    """
 
     value: Tensor
     ratios: Tensor
+    shut: bool = False  # of modules that were pickled whole before there was this
 
-    def __init__(self, methods: Sequence[str], rows: Mapping[str, Sequence[float]], stage: str | None) -> None:
+    def __init__(
+        self, methods: Sequence[str], rows: Mapping[str, Sequence[float]], stage: str | None, *, shut: bool = False
+    ) -> None:
         """Makes the buffers of rows [M] by stage, and enters one stage, or the first."""
         super().__init__(methods, "static")
+        self.shut = shut
         self.stages = tuple(rows)
         self.register_buffer("ratios", torch.tensor(list(rows.values())))
         self.register_buffer("value", torch.empty(len(methods)))
         self.enter(stage if stage is not None else self.stages[0])
+
+    def train(self, mode: bool = True) -> Self:
+        """Enters training or evaluation mode."""
+        if mode and self.shut:
+            warnings.warn(SHUT, stacklevel=2)  # by Python's own filters once, though every block says it
+            self.shut = False
+        return super().train(mode)
 
     def enter(self, stage: str) -> None:
         """Switches to the ratios of another stage, in place."""
@@ -185,6 +217,10 @@ class FixedGateModule(StaticGate):
     def values(self) -> Tensor:
         """Returns the current ratios, [M]."""
         return self.value
+
+
+def _is_ratio(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _row(ratio: Ratio, methods: Sequence[str]) -> list[float]:
