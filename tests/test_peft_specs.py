@@ -116,6 +116,26 @@ def test_bad_values_are_refused(values: Any, kind: Any, message: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            LoraConfig(r=4, lora_alpha=9, lora_dropout=0.1),
+            r"got a LoraConfig of PEFT. Write LoRA\(rank=4, alpha=9, ",
+        ),
+        (LoraConfig(use_dora=True), r"Write Peft\(config=LoraConfig\(…\)\) and say by `sites`"),
+        (LoHaConfig(r=4), r"got a LoHaConfig of PEFT. Write Peft\(config=LoHaConfig\(…\)\) and say by `sites`"),
+        (peft.IA3Config(), r"Write IA3\(\)"),
+        (peft.PrefixTuningConfig(num_virtual_tokens=7), r"Write Prefix\(prefix_length=7\)"),
+    ],
+)
+def test_a_config_of_peft_is_no_method_but_a_spec_stands_for_it(config: Any, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        PeltonConfig(methods=[config])
+    with pytest.raises(SpecError, match=rf"is a list, but got a {type(config).__name__} of PEFT. Write methods="):
+        PeltonConfig(methods=config)
+
+
+@pytest.mark.parametrize(
     ("name", "method", "kind", "message"),
     [
         ("gpt2", lambda: spec("oft"), AnatomyError, "'oft' edits the input.*'attn.q'.*slice of 'attn.c_attn'"),

@@ -11,10 +11,20 @@ from typing import Any, Literal, Self, TypedDict, Unpack, cast
 from peft import PeftConfig
 from safetensors import SafetensorError, safe_open
 
-from pelton.errors import AdapterError, SpecError, unknown
-from pelton.gates import GATES, FixedGate, GateSpec, LinearGate, MLPGate
+from pelton.arguments import Strict
+from pelton.errors import AdapterError, SpecError, UnknownArgument
+from pelton.gates import FixedGate, GateSpec, LinearGate, MLPGate
 from pelton.methods import METHODS, Bottleneck, DilatedAttention, LoRA, MethodSpec, Prefix
 from pelton.registry import require
+from pelton.tuner.given import (
+    check_task,
+    parse_gate,
+    parse_method,
+    parse_methods,
+    parse_names,
+    refused_arguments,
+    settled,
+)
 from pelton.tuner.register import PELTON
 from pelton.tuner.store import Step, load_steps, save_steps
 
@@ -55,7 +65,7 @@ def default_gate() -> GateSpec:
 
 
 @dataclasses.dataclass
-class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
+class PeltonConfig(PeftConfig, Strict):  # type: ignore[misc]  # peft is not typed
     """What is put into every block, and the gate that opens it.
 
     `PeltonConfig(task_type=…)` alone is the recommended default: LoRA and a bottleneck under an open `MLPGate`.
@@ -81,33 +91,27 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
 
     def __post_init__(self) -> None:
         """Turns names and mappings into specs and checks the list."""
+        check_task(self.task_type)
         super().__post_init__()
         self.peft_type = PELTON
         self.saved: frozenset[str] | None = None  # of a config that was read: the tensors beside it, if it was a folder
         self.steps: tuple[Step, ...] = ()  # what made the adapter smaller, and the way back
-        self.gate = GATES.parse(self.gate)
+        self.gate = parse_gate(self.gate)
         if isinstance(self.gate, FixedGate):
             for ratio in self.gate.table.values():
                 for kind in ratio if isinstance(ratio, Mapping) else ():
                     METHODS[kind]  # an unknown kind is an error that names the nearest
-        if self.modules_to_save is not None:
-            self.modules_to_save = list(self.modules_to_save)
+        self.modules_to_save = parse_names(self.modules_to_save)
+        require(isinstance(self.pruned, Mapping), "pruned is by block number", pruned=self.pruned)
+        require(isinstance(self.sizes, Mapping), "sizes are by block, kind and place", sizes=self.sizes)
         for kind in [kind for kinds in self.pruned.values() for kind in kinds]:
             METHODS[kind]
-        if self.methods is None:
-            return
-        if isinstance(self.methods, str | Mapping | MethodSpec):
-            raise SpecError(f"methods is a list, but got {self.methods!r}. Put it in brackets.")
-        self.methods = tuple(METHODS.parse(m) for m in self.methods)
-        kinds = [m.kind for m in self.methods]
-        if not kinds:
-            raise SpecError("`len(methods) >= 1` must hold, but got methods=[]. Leave it out for the default.")
-        twice = sorted({k for k in kinds if kinds.count(k) > 1})
-        if twice:
-            raise SpecError(
-                f"`every kind of method is named once` must hold, but got {', '.join(twice)} twice in {kinds}. "
-                "Give one spec all its sites instead."
-            )
+        self.methods = None if self.methods is None else parse_methods(self.methods)
+
+    @classmethod
+    def refusal(cls, names: Sequence[str]) -> UnknownArgument:
+        """Builds the error for arguments that do not exist; says which method or gate has them."""
+        return refused_arguments(cls, names)
 
     @property
     def specs(self) -> tuple[MethodSpec, ...]:
@@ -127,12 +131,12 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
     def unipelt(cls, **common: Unpack[Common]) -> Self:
         """The paper's UniPELT (APL): bottleneck 48, prefix 10, LoRA 8, linear gates (Mao et al., ACL 2022)."""
         lora = LoRA(rank=8, alpha=8)
-        return cls(methods=[lora, Bottleneck(bottleneck_size=48), _published_prefix()], gate=LinearGate(), **common)
+        return cls(**settled([lora, Bottleneck(bottleneck_size=48), _published_prefix()], LinearGate(), common))
 
     @classmethod
     def unipelt_ap(cls, **common: Unpack[Common]) -> Self:
         """The paper's UniPELT (AP), without LoRA."""
-        return cls(methods=[Bottleneck(bottleneck_size=48), _published_prefix()], gate=LinearGate(), **common)
+        return cls(**settled([Bottleneck(bottleneck_size=48), _published_prefix()], LinearGate(), common))
 
     @classmethod
     def dilated(
@@ -157,10 +161,13 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
         """
         ratios = {"pretrain": pretrain_dilated_ratio, "finetune": finetune_dilated_ratio}
         for name, ratio in ratios.items():
-            require(0 <= ratio <= 1, f"0 <= {name}_dilated_ratio <= 1", **{f"{name}_dilated_ratio": ratio})
-        specs = [DilatedAttention() if method is None else method, *(METHODS.parse(other) for other in others)]
+            known = isinstance(ratio, int | float) and 0 <= ratio <= 1
+            require(known, f"0 <= {name}_dilated_ratio <= 1", **{f"{name}_dilated_ratio": ratio})
+        first = DilatedAttention() if method is None else parse_method(method)
+        require(isinstance(first, DilatedAttention), "method is a DilatedAttention", method=method)
+        specs = parse_methods([first, *(parse_methods(others) if others else ())])
         rows = {name: dict.fromkeys((s.kind for s in specs), 1.0) | {"dilated": r} for name, r in ratios.items()}
-        return cls(methods=specs, gate=FixedGate(stages=rows, stage=stage), **common)
+        return cls(**settled(specs, FixedGate(stages=rows, stage=stage), common))
 
     @classmethod
     def from_backbone(cls, config: Any, method: DilatedAttention | None = None, **common: Unpack[Common]) -> Self:
@@ -191,7 +198,7 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
     @classmethod
     def single(cls, method: MethodLike, **common: Unpack[Common]) -> Self:
         """One plain method, its gate fixed at 1."""
-        return cls(methods=[method], gate=FixedGate(1.0), **common)
+        return cls(**settled([method], FixedGate(1.0), common))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain JSON values; every spec with its kind."""
@@ -204,8 +211,7 @@ class PeltonConfig(PeftConfig):  # type: ignore[misc]  # peft is not typed
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Self:
         """Reads a saved config; a local folder's weights are checked first, so that nothing is attached in vain."""
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        names = [f.name for f in dataclasses.fields(cls)]
-        saved: frozenset[str] = _check_folder(folder, names) if folder.is_dir() else frozenset()
+        saved: frozenset[str] = _check_folder(folder) if folder.is_dir() else frozenset()
         config = cast(Self, super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs))
         config.saved = saved
         config.steps = load_steps(folder)
@@ -221,15 +227,12 @@ def _published_prefix() -> Prefix:
     return Prefix(prefix_length=10, parametrisation="mlp", gating="scale")
 
 
-def _check_folder(folder: Path, keys: Sequence[str]) -> frozenset[str]:
+def _check_folder(folder: Path) -> frozenset[str]:
     """Refuses a folder whose config or weights cannot be read, or whose weights are a pickle; names its tensors."""
     try:
-        values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise AdapterError(f"{folder}/adapter_config.json cannot be read: expected JSON, got {error}.") from error
-    for key in values:
-        if key not in keys:  # PEFT would warn and go on without
-            raise unknown("key of adapter_config.json", key, keys)
     weights = folder / WEIGHTS
     if not weights.exists():
         there = ", ".join(sorted(p.name for p in folder.iterdir()))
