@@ -11,8 +11,9 @@ import transformers as tf
 from peft import get_peft_model
 from torch import Tensor
 
-from pelton import PeltonConfig, ScalarGate
+from pelton import DilatedAttention, FixedGate, PeltonConfig, Prefix, ScalarGate
 from pelton.errors import AnatomyError
+from pelton.methods.base import MethodSpec
 from wide import DECODERS, ENCODERS, REFUSED, SEQ2SEQ, STATIC, VOCAB
 
 ROWS, LENGTH, REAL = 3, 8, 5
@@ -65,7 +66,9 @@ def changed_at_the_end(inputs: dict[str, Tensor], key: str) -> dict[str, Tensor]
     return {**inputs, key: ids}
 
 
-def assert_lawful(base: Any, name: str, inputs: dict[str, Tensor], key: str, causal: bool) -> None:
+def assert_lawful(
+    base: Any, name: str, inputs: dict[str, Tensor], key: str, causal: bool, method: MethodSpec | None = None
+) -> None:
     """Compares the gated model with its backbone, whose own small deviations it may double."""
     with torch.no_grad():
         plain = run(base, **inputs)
@@ -73,8 +76,14 @@ def assert_lawful(base: Any, name: str, inputs: dict[str, Tensor], key: str, cau
         noise = float((alone - plain[:1, : alone.shape[1]]).abs().max())
         later = run(base, **changed_at_the_end(inputs, key))
         causal = causal and bool((later - plain)[:, :-1].abs().max() < 1e-6)  # FSMT's decoder itself is not
-        model = gated(base, name)
-        assert run(model, **inputs).sub(plain).abs().max() <= 1e-6, "an adapter that adds nothing changes the backbone"
+        if method is None:
+            model = gated(base, name)
+        else:
+            closed = get_peft_model(base, PeltonConfig(methods=[method], gate=FixedGate(0.0))).eval()
+            shake(closed)
+            assert run(closed, **inputs).sub(plain).abs().max() <= 1e-5, "a closed gate is not the backbone"
+            model = get_peft_model(closed.unload(), PeltonConfig(methods=[method])).eval()
+        assert method or run(model, **inputs).sub(plain).abs().max() <= 1e-6, "what adds nothing changes the backbone"
         shake(model)
         output = run(model, **inputs)
         assert (output - plain).abs().max() > 1e-3, "nothing is attached"
@@ -103,6 +112,34 @@ def test_encoder_decoders(name: str) -> None:
     base = build(*SEQ2SEQ[name], auto=tf.AutoModelForSeq2SeqLM)
     inputs = padded() | {"decoder_input_ids": tokens(1, length=6)}
     assert_lawful(base, name, inputs, "decoder_input_ids", causal=True)
+
+
+INSIDE = [
+    "opt",
+    "llama4",
+    "mixtral",
+    "olmo-hybrid",
+    "layoutlm",
+    "esm",
+    "eurobert",
+    "m2m-100",
+    "switch-transformers",
+    "umt5",
+]
+
+
+@pytest.mark.parametrize("name", INSIDE)
+@pytest.mark.parametrize("method", [Prefix(prefix_length=3), DilatedAttention(segment=4)], ids=["prefix", "dilated"])
+def test_methods_inside_the_attention(name: str, method: MethodSpec) -> None:
+    ids = tokens(0)
+    if name in DECODERS:
+        inputs, key, base = {"input_ids": ids}, "input_ids", build(*DECODERS[name], auto=tf.AutoModelForCausalLM)
+    elif name in ENCODERS:
+        inputs, key, base = padded(), "input_ids", build(*ENCODERS[name], auto=tf.AutoModel)
+    else:
+        inputs, key = padded() | {"decoder_input_ids": tokens(1, length=6)}, "decoder_input_ids"
+        base = build(*SEQ2SEQ[name], auto=tf.AutoModelForSeq2SeqLM)
+    assert_lawful(base, name, inputs, key, name not in ENCODERS, method)
 
 
 @pytest.mark.parametrize("name", ["opt", "xglm", "gpt-neox", "bloom", "deepseek-v3", "qwen2-moe", "olmo-hybrid"])

@@ -109,7 +109,8 @@ def _describe(name: str, index: int, query: str, modules: dict[str, nn.Module]) 
     if refused:
         raise AnatomyError(f"Nothing can be attached to {type(attn).__name__} in {name!r}: {refused}.")
     head_dim = next((int(getattr(attn, a)) for a in _HEAD_DIM if getattr(attn, a, None)), 0)
-    if "attn.k" in sites and "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(attn).__module__]) and head_dim:
+    interface = hasattr(attn, "config") and "ALL_ATTENTION_FUNCTIONS" in vars(sys.modules[type(attn).__module__])
+    if "attn.k" in sites and interface and head_dim:
         key = sites["attn.k"][0]
         sites["attn"] = (Place(attention, key.in_features, key.out_features),)
     else:

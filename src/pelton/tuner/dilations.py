@@ -62,7 +62,7 @@ def view_of(module: nn.Module, query: Tensor, key: Tensor, mask: Tensor | None, 
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
         dropout=kwargs.get("dropout") or 0.0,
         causal=bool(getattr(module, "is_causal", True) if causal is None else causal),  # as in transformers' sdpa
-        mask=mask,
+        mask=None if mask is None else mask.expand(-1, -1, query.shape[2], -1),  # some have one row for all queries
         bias=kwargs.get("position_bias"),
         real=padding_of(mask, query.shape[2]) if whole else None,
         places=None if whole else _places(module, key, kwargs),
