@@ -158,12 +158,12 @@ def test_names_that_would_cost_other_adapters_their_weights_are_refused(name: st
     assert set(model.peft_config) == {"default", "other"}
 
 
-def test_the_last_adapter_is_unloaded_not_deleted() -> None:
-    model = with_two()
-    model.delete_adapter("other")
-    with pytest.raises(AdapterError, match=r"call unload\(\)|Call unload\(\)"):
+def test_the_last_adapter_goes_with_its_head() -> None:
+    ids = torch.randint(5, 90, (2, 5))
+    model = get_peft_model(ARCHS["bert"].build(), PeltonConfig(modules_to_save=["classifier"])).eval()
+    with pytest.raises(AdapterError, match=r"is the last adapter, and its head cannot go alone. Call unload\(\)"):
         model.delete_adapter("default")
-    assert logits(model, torch.randint(5, 90, (2, 5))).shape[0] == 2
+    assert logits(model, ids).shape[0] == logits(model.unload(), ids).shape[0] == 2
 
 
 def test_pefts_way_to_combine_points_to_peltons() -> None:

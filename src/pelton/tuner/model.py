@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.integrations import init_empty_weights
-from peft.utils.other import ModulesToSaveWrapper, set_additional_trainable_modules
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, set_additional_trainable_modules
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
@@ -145,11 +145,15 @@ class PeltonModel(CheckpointKeys, BaseTuner):  # type: ignore[misc]  # peft is n
             parameter.requires_grad = requires_grad
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Removes one adapter, with the hooks that only it needed and the blocks that only it had."""
-        if list(self.peft_config) == [adapter_name]:
+        """Removes one adapter, with the hooks that only it needed and the blocks that only it had.
+
+        Raises:
+            AdapterError: it is the last one and has a head, which PEFT would leave without any.
+        """
+        heads = any(isinstance(module, AuxiliaryTrainingWrapper) for module in self.model.modules())
+        if heads and list(self.peft_config) == [adapter_name]:
             raise AdapterError(
-                f"{adapter_name!r} is the only adapter, and a model without one is no PEFT model. Call unload() for "
-                "the plain backbone."
+                f"{adapter_name!r} is the last adapter, and its head cannot go alone. Call unload() for the plain one."
             )
         was_active = adapter_name in self.active_adapters
         left = [name for name in self.active_adapters if name != adapter_name]

@@ -55,7 +55,9 @@ class Peft(MethodSpec):
 
     def __new__(cls, config: Any = None, *args: Any, **kwargs: Any) -> Self:
         """Makes a spec of the class that PEFT's config belongs to."""
-        return cast(Self, super().__new__(cast(Any, _class_of(config)) if cls is Peft else cls))
+        return cast(
+            Self, super().__new__(cast(Any, _class_of(config)) if cls is Peft else cls, config, *args, **kwargs)
+        )
 
     def __post_init__(self) -> None:
         """Reduces the config to what differs from PEFT's defaults, and checks it.
