@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pelton.methods import DilatedPart, PrefixPart
 from pelton.tuner.dilations import with_dilations
 from pelton.tuner.masks import visible
 from pelton.tuner.prefixes import Attend, with_prefixes
@@ -124,8 +125,8 @@ def _attend(
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Runs the attention with what some adapters do in it; the weights are the original attention's."""
-    prefixes = [found for name in adapters for found in tap.gated.prefixes(name, inputs[0])]
-    dilations = [found for name in adapters for found in tap.gated.dilations(name, inputs[0])]
+    prefixes = [found for name in adapters for found in tap.gated.inside(PrefixPart, name, inputs[0])]
+    dilations = [found for name in adapters for found in tap.gated.inside(DilatedPart, name, inputs[0])]
     original = with_prefixes(tap.base(module), tap.gated, prefixes, tap.implementation)
     output, weights = original(module, *inputs, mask, **kwargs)
     return with_dilations(output, dilations, module, inputs, mask, **kwargs), weights

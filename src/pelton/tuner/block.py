@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pelton.anatomy import Block
 from pelton.errors import AdapterError, AnatomyError
 from pelton.gates import Gate
-from pelton.methods import DilatedPart, Part, PrefixPart
+from pelton.methods import Part
 from pelton.tuner.flow import Flow, Flows, fit
 from pelton.tuner.plan import BlockPlan, Edit, Edits, Wiring
 from pelton.tuner.products import products
@@ -185,20 +185,14 @@ class GatedBlock(nn.Module, BaseTunerLayer):  # type: ignore[misc]  # peft is no
         """Tells whether an adapter does anything inside the attention."""
         return any("attn" in spec.sites and spec.kind not in self.off for spec in self.wirings[name].methods)
 
-    def prefixes(self, name: str, batch: Tensor) -> list[tuple[PrefixPart, Tensor]]:
-        """Returns an adapter's prefixes in this block, each with its gate values [B or 1, T or 1, 1].
+    def inside(self, form: type[P], name: str, batch: Tensor) -> list[tuple[P, Tensor]]:
+        """Returns what an adapter has inside the attention, each part with its gate values [B or 1, T or 1, 1].
 
         Args:
+            form: `PrefixPart` or `DilatedPart`.
             name: the adapter.
             batch: any tensor with the attention's batch as its first dimension.
         """
-        return self._in_attention(PrefixPart, name, batch)
-
-    def dilations(self, name: str, batch: Tensor) -> list[tuple[DilatedPart, Tensor]]:
-        """Returns an adapter's dilated attention in this block, as `prefixes` does."""
-        return self._in_attention(DilatedPart, name, batch)
-
-    def _in_attention(self, form: type[P], name: str, batch: Tensor) -> list[tuple[P, Tensor]]:
         found, parts = [], cast(nn.ModuleDict, self.methods[name])
         wiring = self.wirings[name]
         for number, spec in zip(wiring.numbers, wiring.methods, strict=True):
