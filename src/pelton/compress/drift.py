@@ -12,11 +12,11 @@ from typing import Any
 
 import pandas as pd
 
+from pelton.compress.rows import reads_targets
 from pelton.compress.steps import adapter_of, revive
 from pelton.errors import DataError
 from pelton.insight.drift import GateDrift, gate_drift
 from pelton.insight.monitor import names_of, revivable
-from pelton.tasks.base import Task
 from pelton.tasks.files import read_table
 from pelton.tasks.load import load_task
 from pelton.training.gate_values import gate_frame, spread
@@ -55,7 +55,7 @@ def drift_run(
 def _features(run: Run, data: Path | None, texts: Sequence[str], pairs: Sequence[str] | None) -> Any:
     """Encodes new examples as the reference was encoded: with targets where the task's judging reads them."""
     task = run.task
-    if type(task).judged is Task.judged:
+    if not reads_targets(task):
         inputs = task.from_texts(texts, pairs) if data is None else task.check_inputs(read_table(data))
         return task.encode(inputs, run.processor)
     if data is None:

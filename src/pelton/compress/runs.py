@@ -1,13 +1,13 @@
 """Passes over a run: its adapter becomes smaller in place, what that costs is measured, and it can be taken back.
 
-Constants and importances come from training examples; the score before and after is that of the validation split (the
-test split where there is none). The adapter's folder is exchanged whole: what was there stays until the new one is
-written.
+Constants and importances come from training rows (`rows.py`); the score before and after is that of the validation
+split (the test split where there is none). The adapter's folder is exchanged whole: what was there stays until the new
+one is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from pelton.compress.freeze import Statistic, freeze_gates
 from pelton.compress.importance import leave_one_out, taylor
 from pelton.compress.over import BlockValues
 from pelton.compress.prune import prune
+from pelton.compress.rows import training_batches
 from pelton.compress.shrink import shrink
 from pelton.compress.steps import adapter_of, revive
 from pelton.errors import AdapterError, TrainingError
@@ -34,8 +35,6 @@ from pelton.tuner.model import PeltonModel
 from pelton.tuner.store import draft_beside, exchange
 
 By = Literal["gate", "taylor", "leave-one-out", "contribution"]
-EXAMPLES = 512
-"""Training examples that constants and importances come from."""
 TIMED = 2
 """Batches of them that times are measured on."""
 
@@ -106,7 +105,7 @@ def prune_run(
             keep=keep,
             budget_params=budget_params,
             budget_latency=budget_latency,
-            timer=Stopwatch(tuple(islice(training_batches(run, data, labelled=False), TIMED))),
+            timer=None if budget_latency is None else _stopwatch(run, data),
             importance=_importance(run, data, by),
         )
 
@@ -172,6 +171,11 @@ def fold_run(path: Path, output: Path) -> tuple[Change, bool]:
     return change, whole
 
 
+def _stopwatch(run: Run, data: Loaded) -> Stopwatch:
+    """Measures times on a few batches of training rows."""
+    return Stopwatch(tuple(islice(training_batches(run, data, labelled=False), TIMED)))
+
+
 def _importance(run: Run, data: Loaded, by: By) -> BlockValues | None:
     if by == "taylor":
         return taylor(run.model, training_batches(run, data, labelled=True))
@@ -224,16 +228,6 @@ def judged_split(data: Loaded) -> tuple[str, Examples]:
         if split in data.splits:
             return split, data.splits[split]
     raise TrainingError("The run has neither validation nor test rows to measure the change on. Name one in its task.")
-
-
-def training_batches(run: Run, data: Loaded, *, labelled: bool) -> Iterator[Mapping[str, Any]]:
-    """Yields batches of training examples."""
-    examples = data.splits["train"] if data.stream is None else next(data.stream.examples())
-    some = examples.take(range(min(len(examples), EXAMPLES)))
-    features = run.task.encode(some.inputs, run.processor, some.targets if labelled else None)
-    collate, size = run.task.collator(run.processor), run.recipe.training.eval_batch_size
-    for start in range(0, len(features), size):
-        yield collate([features[row] for row in range(start, min(start + size, len(features)))])
 
 
 def _write(run: Run, data: Loaded, change: Change) -> None:
