@@ -11,7 +11,7 @@ from peft import PeftModel
 
 from fits import Make, weights
 from law import METHODS, attached, far, together, wake
-from pelton import FrozenGate, LoRA, PeltonConfig, ScalarGate, combine, freeze_gates
+from pelton import FrozenGate, LoRA, PeltonConfig, ScalarGate, combine, freeze_gates, prune
 from pelton.cli.main import run as command
 from pelton.errors import AdapterError, PeltonError
 from pelton.methods import LINEAR_SITES
@@ -19,6 +19,7 @@ from pelton.training.fit import fit
 from pelton.training.run import Run
 from pelton.tuner import gated_blocks
 from test_laws_compress import assert_same, output, tensors
+from tiny import sentences, write_jsonl
 from zoo import ARCHS, Arch
 
 
@@ -168,6 +169,30 @@ def test_what_cannot_be_combined_is_said(second: Any, arguments: dict[str, Any],
     assert_same(model, before)
 
 
+def test_the_order_in_which_methods_went_is_no_difference() -> None:
+    model = two(ARCHS["bert"], ["lora", "bottleneck", "bitfit"])
+    for name, order in (("default", ("lora", "bitfit")), ("second", ("bitfit", "lora"))):
+        rows = {
+            str(block.block.index): dict.fromkeys(("lora", "bottleneck", "bitfit"), 1.0)
+            for block in gated_blocks(model)
+        }
+        rows["0"] |= {kind: place / 100 for place, kind in enumerate(order)}
+        prune(model, importance=rows, adapter=name)
+    assert model.peft_config["default"].pruned != model.peft_config["second"].pruned
+    combine(model, {"default": 1.0, "second": 1.0}, "both")
+    assert sorted(model.peft_config["both"].pruned["0"]) == ["bitfit", "lora"]
+
+
+def test_other_modules_that_were_trained_whole_are_refused() -> None:
+    model = attached(ARCHS["bert"], "scalar", ["lora"])
+    config = model.peft_config["default"]
+    model.add_adapter("second", PeltonConfig(methods=config.specs, gate=config.gate_spec, modules_to_save=["pooler"]))
+    before = tensors(model)
+    with pytest.raises(AdapterError, match="'default' and 'second' differ in their modules_to_save"):
+        combine(model, {"default": 1.0, "second": 1.0}, "both")
+    assert_same(model, before)
+
+
 def test_a_failure_takes_the_new_adapter_off_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = two(ARCHS["bert"])
     before = tensors(model)
@@ -199,7 +224,34 @@ def test_runs_combine_from_the_command_line(make: Make, tmp_path: Path, capsys: 
         ([*paths, "--output", str(out)], "exists. Name a new folder"),
         ([paths[0], "--output", str(tmp_path / "x")], "Expected two or more runs"),
         ([*paths, "--output", str(tmp_path / "x"), "--weights", "a,b"], "expected numbers such as 0.5,0.5"),
+        ([*paths, "--output", str(tmp_path / "none" / "x")], "Make it, or name another --output"),
     ):
         assert command(["combine", *arguments]) == 2
         assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "x").exists()
+
+
+def test_runs_that_do_not_belong_together_are_refused(
+    make: Make, backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An adapter fits the weights that it was trained on; heads have a mean where they say the same."""
+    adapter = {"methods": ["lora"], "gate": {"kind": "fixed", "value": 1.0}}
+
+    def path(adapter: Any = adapter, task: Any = None, **training: Any) -> str:
+        return str(fit(make(adapter, task, max_steps=1, **training)).folder.path)
+
+    other = tmp_path / "other"
+    for name, count in (("train", 16), ("validation", 8)):
+        other.mkdir(exist_ok=True)
+        rows = [{**row, "label": {"warm": "spam", "cold": "ham"}[str(row["label"])]} for row in sentences(count)]
+        write_jsonl(other / f"{name}.jsonl", rows)
+    one, moved, cases = path(), path(train_backbone=True), []
+    cases += [([one, moved], "trained its backbone too"), ([moved, moved], "trained its backbone too")]
+    cases += [([one, path(None)], "has no adapter"), ([one, path({"preset": "head"})], "has no adapter")]
+    cases += [([one, path(task={"data": str(other)})], "has 2 classes (cold, warm), and")]
+    cases += [([one, path(task={"head": "pooler"})], "are of different models: MeanPoolingClassifier and")]
+    capsys.readouterr()
+    for number, (runs, message) in enumerate(cases):
+        assert command(["combine", *runs, "--output", str(tmp_path / f"x{number}")]) == 2
+        assert message in " ".join(capsys.readouterr().err.split())
+    assert not list(tmp_path.glob("x*"))

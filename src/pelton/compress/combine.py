@@ -152,7 +152,10 @@ def _shape(config: PeltonConfig) -> dict[str, Any]:
     ]
     gate = FrozenGate() if isinstance(config.gate_spec, FrozenGate) else config.gate_spec
     sizes = {key: size for key, size in config.sizes.items() if key.split(".")[1] != LoRA.kind}
-    return {"methods": methods, "gate": gate, "pruned": config.pruned, "sizes": sizes, "folded": config.folded}
+    pruned = {block: sorted(kinds) for block, kinds in config.pruned.items()}
+    heads = sorted(config.modules_to_save or ())
+    shape = {"methods": methods, "gate": gate, "pruned": pruned, "sizes": sizes, "folded": config.folded}
+    return {**shape, "modules_to_save": heads}
 
 
 def _combined(

@@ -144,11 +144,10 @@ def fold_run(path: Path, output: Path) -> tuple[Change, bool]:
         What it cost, and whether all of the adapter folded.
 
     Raises:
-        TrainingError: the output exists.
+        TrainingError: the output exists, or has no place.
         AdapterError: as `fold` does; nothing is written.
     """
-    if output.exists():
-        raise TrainingError(f"{output} exists. Name a new folder with --output.")
+    require_new(output)
     run = Run.load(path)
     tuner, adapter = adapter_of(run.model, None)
     split, examples = judged_split(load_task(run.recipe.task, run.recipe.training.seed))
@@ -228,6 +227,14 @@ def judged_split(data: Loaded) -> tuple[str, Examples]:
         if split in data.splits:
             return split, data.splits[split]
     raise TrainingError("The run has neither validation nor test rows to measure the change on. Name one in its task.")
+
+
+def require_new(output: Path) -> None:
+    """Raises TrainingError where no new folder can be made, before any work is done for it."""
+    if output.exists():
+        raise TrainingError(f"{output} exists. Name a new folder with --output.")
+    if not output.absolute().parent.is_dir():
+        raise TrainingError(f"There is no folder {output.parent} for {output.name}. Make it, or name another --output.")
 
 
 def _write(run: Run, data: Loaded, change: Change) -> None:

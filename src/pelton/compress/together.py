@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, cast
 
 from pelton.compress.combine import Combined, How, combine
-from pelton.compress.runs import judged_split
-from pelton.errors import AdapterError, TrainingError
-from pelton.tasks.load import load_task
-from pelton.training.backbone import quiet
+from pelton.compress.runs import judged_split, require_new
+from pelton.errors import AdapterError
+from pelton.tasks.base import Task
+from pelton.tasks.load import load_task, restore_task
+from pelton.training.backbone import adapter_config, quiet
 from pelton.training.folder import RunFolder
 from pelton.training.loading import load_recipe
 from pelton.training.run import Run
@@ -44,20 +45,17 @@ def combine_runs(
         What combining gave, and the metrics of the new adapter on what the first run is judged by.
 
     Raises:
-        TrainingError: a folder is no finished run, or the output exists.
-        AdapterError: the runs have different backbones, or their adapters differ; nothing is written.
+        TrainingError: a folder is no finished run, or the output exists or has no place.
+        AdapterError: a run has no adapter or a backbone of its own, the runs have different backbones or classes, or
+            their adapters differ; nothing is written.
     """
-    if output.exists():
-        raise TrainingError(f"{output} exists. Name a new folder with --output.")
+    require_new(output)
     shares = [1.0] * len(paths) if weights is None else list(weights)
     if len(shares) != len(paths) or len(paths) < 2:
         raise AdapterError(f"Expected two or more runs and a weight for each, but got {len(paths)} and {len(shares)}.")
     folders = [RunFolder.open(path) for path in paths]
-    backbones = [load_recipe(folder.recipe).backbone for folder in folders]
-    if len(set(backbones)) > 1:
-        raise AdapterError(
-            f"The runs have different backbones: {', '.join(dict.fromkeys(backbones))}. Combine equal ones."
-        )
+    _require_one_backbone(folders)
+    _require_one_task(folders)
     run = Run.load(paths[0])
     model, names = cast(Any, run.model), [f"run{number}" for number in range(len(paths))]
     with quiet():
@@ -72,3 +70,49 @@ def combine_runs(
             model.save_pretrained(draft, selected_adapters=[NEW])
         (draft / NEW).rename(output)
     return found, metrics
+
+
+def _require_one_backbone(folders: Sequence[RunFolder]) -> None:
+    """Refuses runs whose adapters were not trained on the same weights."""
+    backbones = []
+    for folder in folders:
+        recipe = load_recipe(folder.recipe)
+        if recipe.adapter is None or adapter_config(recipe.adapter) is None:
+            raise AdapterError(f"{folder.path} has no adapter. Combine runs that trained one.")
+        if recipe.training.train_backbone:
+            raise AdapterError(
+                f"{folder.path} trained its backbone too, so its adapter fits that one alone. Combine runs whose "
+                "backbone was frozen (training.train_backbone=false)."
+            )
+        backbones.append(recipe.backbone)
+    if len(set(backbones)) > 1:
+        raise AdapterError(
+            f"The runs have different backbones: {', '.join(dict.fromkeys(backbones))}. Combine equal ones."
+        )
+
+
+def _require_one_task(folders: Sequence[RunFolder]) -> None:
+    """Refuses runs whose heads do not say the same things."""
+    first, *others = [restore_task(load_recipe(folder.recipe).task, folder.read("task")) for folder in folders]
+    for folder, other in zip(folders[1:], others, strict=True):
+        if other.model_class is not first.model_class:
+            kinds = f"{first.model_class.__name__} and {other.model_class.__name__}"
+            raise AdapterError(
+                f"{folders[0].path} and {folder.path} are of different models: {kinds}. Combine runs with one head."
+            )
+        if _classes(other) != _classes(first):
+            raise AdapterError(
+                f"{folders[0].path} has {_other_than(first, other)}, and {folder.path} {_other_than(other, first)}: "
+                "the mean of their heads would say nothing. Combine runs of the same classes, in the same order."
+            )
+
+
+def _classes(task: Task[Any]) -> list[str]:
+    """Returns the names of what each output says; none where outputs are no classes."""
+    return list(map(str, task.model_options().get("id2label", {}).values()))
+
+
+def _other_than(task: Task[Any], other: Task[Any]) -> str:
+    """Returns in words how many classes a task has, with some that the other has not."""
+    names = [name for name in _classes(task) if name not in _classes(other)]
+    return f"{len(_classes(task))} classes" + (f" ({', '.join(names[:5])}{' …' if names[5:] else ''})" if names else "")

@@ -102,8 +102,10 @@ def draft_beside(place: Path) -> Iterator[Path]:
     """Gives a hidden folder beside a place, to be filled and then moved there; what is left of it in the end goes.
 
     Raises:
-        AdapterError: the disk is full, or nothing may be written there.
+        AdapterError: there is no folder for it, the disk is full, or nothing may be written there.
     """
+    if not place.absolute().parent.is_dir():
+        raise AdapterError(f"{place} could not be written: there is no folder {place.parent}. Make it first.")
     draft = place.absolute().with_name(f".{place.name}-{uuid.uuid4().hex}")
     try:
         draft.mkdir()
