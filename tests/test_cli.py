@@ -177,6 +177,13 @@ def test_debug_shows_the_traceback() -> None:
         pelton(["fit", "bankin77", "--debug"])
 
 
+def test_convert_writes_over_nothing(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {path.name: path.read_bytes() for path in (trained / "adapter").iterdir()}
+    assert pelton(["convert", str(trained), "--output", str(trained / "adapter")]) == 2
+    assert f"{trained / 'adapter'} exists. Name a new folder with --output." in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (trained / "adapter").iterdir()} == before
+
+
 def test_mistakes_with_a_run(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_jsonl(tmp_path / "bad.jsonl", [{"text": "good film", "label": "warmish"}])
     for arguments, message in (

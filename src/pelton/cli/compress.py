@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from pelton.errors import TrainingError
+
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
 
 
@@ -125,7 +127,7 @@ def convert(
         Literal["peft", "onnx"], typer.Option(help="A PEFT LoRA folder, or a folder with model.onnx for ONNX Runtime.")
     ] = "peft",
     output: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="A folder; RUN/peft or RUN/onnx if not given.")
+        Path | None, typer.Option(metavar="DIR", help="A new folder; RUN/peft or RUN/onnx if not given.")
     ] = None,
 ) -> None:
     """Write a run in another format: its frozen LoRA as a standard PEFT folder, or its whole model as ONNX."""
@@ -135,6 +137,8 @@ def convert(
 
         print(run_to_onnx(run, place))
         return
+    if place.exists():
+        raise TrainingError(f"{place} exists. Name a new folder with --output.")
     from pelton.export.peft import to_peft
     from pelton.training.run import Run
 
