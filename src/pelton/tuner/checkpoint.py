@@ -85,9 +85,10 @@ def check_folded(model: nn.Module, config: PeltonConfig) -> None:
         return
     here, names = dict(model.named_parameters()), [str(name) for name in config.folded["weights"]]
     if not all(name in here for name in names) or digest(stored(model, names)) != config.folded["digest"]:
+        kinds = ", ".join(sorted({str(here[name].dtype).removeprefix("torch.") for name in names if name in here}))
         raise AdapterError(
             "Part of this adapter was folded into a backbone's weights, and this backbone does not have them. Load the "
-            "backbone that was saved when it was folded."
+            f"backbone that was saved when it was folded, in the precision that it has there (here: {kinds or 'none'})."
         )
 
 
