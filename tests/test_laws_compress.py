@@ -288,20 +288,35 @@ def first_block(model: Any, batches: list[dict[str, Any]]) -> list[Tensor]:
     return [state[batch["attention_mask"].bool()] for state, batch in zip(states, batches, strict=True)]
 
 
+def staged(arch: Arch, **stages: Any) -> Any:
+    kinds = ("lora", "bottleneck", "prefix", "ia3", "bitfit", "dilated")
+    return attached(arch, FixedGate(stages={name: dict.fromkeys(kinds, 0.0) | row for name, row in stages.items()}))
+
+
 def test_a_fixed_gate_keeps_its_stage_when_it_is_pruned() -> None:
     from pelton import set_stage
 
     arch = ARCHS["bert"]
-    model = attached(
-        arch,
-        FixedGate(
-            stages={
-                "a": 0.2,
-                "b": {"lora": 0.9, "bottleneck": 0.1, "prefix": 0.3, "ia3": 0.8, "dilated": 0.2, "bitfit": 0.0},
-            }
-        ),
-    )
+    rest = {"bottleneck": 0.1, "prefix": 0.3, "ia3": 0.8, "dilated": 0.2}
+    model = staged(arch, a=dict.fromkeys(rest, 0.2) | {"lora": 0.2, "bitfit": 0.04}, b=rest | {"lora": 0.9})
     set_stage(model, "b")
     out = output(arch, model)
     assert {entry.kind for entry in prune(model)} == {"bitfit"}
     assert torch.equal(output(arch, model), out)
+
+
+def test_no_stage_loses_what_it_needs() -> None:
+    """Whichever stage is on, a method that another one opens stays."""
+    from pelton import set_stage
+
+    arch = ARCHS["bert"]
+    model = staged(arch, a={"lora": 1.0}, b={"bottleneck": 0.7})
+    outs = {}
+    for stage in ("b", "a"):
+        set_stage(model, stage)
+        outs[stage] = output(arch, model)
+    gone = prune(model)
+    assert {entry.kind for entry in gone} == {"prefix", "ia3", "bitfit", "dilated"}
+    for stage in ("a", "b"):
+        set_stage(model, stage)
+        torch.testing.assert_close(output(arch, model), outs[stage], atol=1e-5, rtol=0)

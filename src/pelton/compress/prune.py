@@ -49,7 +49,7 @@ def prune(
             such as 1.05; what goes is what helps least for the time it takes. The time is measured.
         timer: Measures it: `Stopwatch(batches)`.
         importance: A number by block number and kind, such as `taylor` or `leave_one_out` give; the gate values when
-            not given, which constant gates have.
+            not given, which constant gates have, and of all stages the largest.
         adapter: Its name; the active one when not given.
 
     Returns:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pelton.errors import AdapterError
 from pelton.gates import Gate, StaticGate
+from pelton.gates.static import FixedGateModule
 from pelton.tuner.block import GatedBlock, gate_of
 from pelton.tuner.config import PeltonConfig
 from pelton.tuner.model import PeltonModel
@@ -42,7 +43,8 @@ def weighed(tuner: PeltonModel, name: str, importance: Mapping[str, Mapping[str,
     Args:
         tuner: Holds the adapter.
         name: Its name.
-        importance: A number by block number and kind; the gate values when not given, which constant gates have.
+        importance: A number by block number and kind; the gate values when not given, which constant gates have. Of
+            gates with stages those count at which a method is most open: no stage loses what it needs.
 
     Raises:
         AdapterError: a method has no number.
@@ -60,7 +62,7 @@ def weighed(tuner: PeltonModel, name: str, importance: Mapping[str, Mapping[str,
         for spec, number in zip(wiring.methods, wiring.numbers, strict=True):
             if importance is None:
                 assert isinstance(gate, StaticGate)
-                value = float(gate.values()[number].detach())
+                value = float(_most_open(gate)[number])
             elif spec.kind in importance.get(str(index), {}):
                 value = float(importance[str(index)][spec.kind])
             elif not parameters_of(gated, name, spec.kind):
@@ -69,6 +71,11 @@ def weighed(tuner: PeltonModel, name: str, importance: Mapping[str, Mapping[str,
                 raise AdapterError(f"importance has no number for {spec.kind!r} in block {index}. Give one for each.")
             found.append(Entry(index, spec.kind, value, parameters_of(gated, name, spec.kind)))
     return sorted(found, key=lambda entry: entry.importance)
+
+
+def _most_open(gate: StaticGate) -> Tensor:
+    """Returns the gate values [M], or the largest of every stage."""
+    return gate.ratios.amax(dim=0) if isinstance(gate, FixedGateModule) else gate.values().detach()
 
 
 def parameters_of(gated: GatedBlock, adapter: str, kind: str) -> int:
