@@ -14,14 +14,22 @@ import torch
 from torch import Tensor
 
 from faults import differences, look
-from fits import Make
+from fits import GATED, Make
 from law import METHODS, attached, far
 from pelton import combine, fold, freeze_gates, prune, revive, shrink, to_onnx
 from pelton.cli.main import run as command
 from pelton.errors import AdapterError
+from pelton.export.onnx import _real
 from pelton.training.fit import fit
+from pelton.training.loading import parse_recipe
+from pelton.training.run import Run
+from test_causal import RAGGED
+from test_causal import save_tokenizer as save_letters
 from test_laws_compile import _fresh_dynamo, _longer  # noqa: F401 - a fixture
 from test_laws_fold import foldable
+from test_seq2seq import save_tokenizer as save_words
+from test_seq2seq import t5
+from tiny import write_jsonl
 from zoo import ARCHS, Arch
 
 LIMIT = 1e-4
@@ -162,6 +170,54 @@ def test_a_run_becomes_onnx(make: Make, tmp_path: Path, capsys: pytest.CaptureFi
     assert "exists. Name a new folder" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_what_a_model_says_at_padding_is_not_compared(tmp_path: Path) -> None:
+    """A row of which nothing is seen is a mean over all there is, or over what a kernel likes."""
+    arch = ARCHS["llama"]
+    model, inputs = attached(arch), arch.inputs()
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[0, :4] = 0
+    to_onnx(model, tmp_path / "model.onnx", {**inputs, "attention_mask": mask})
+    ids = {"input_ids": inputs["input_ids"], "attention_mask": mask}
+    assert _real("logits", torch.zeros(*mask.shape, 5), ids).equal(mask.bool())
+    assert _real("logits", torch.zeros(len(mask), 5), ids).shape == (len(mask),)
+    begun = {**ids, "decoder_input_ids": inputs["input_ids"]}
+    assert _real("logits", torch.zeros(*mask.shape, 5), begun).shape == (len(mask),)
+    assert _real("encoder_last_hidden_state", torch.zeros(*mask.shape, 5), begun).equal(mask.bool())
+
+
+@pytest.mark.slow
+def test_runs_that_write_become_onnx(tmp_path: Path) -> None:
+    """Prompts of different length are padded in front; a decoder is given what it wrote so far."""
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "validation"):
+        write_jsonl(data / f"{split}.jsonl", [{**row, "source": "a b", "target": "b"} for row in RAGGED])
+    ARCHS["llama"].build().save_pretrained(tmp_path / "causal-lm")
+    save_letters(tmp_path / "causal-lm")
+    t5().save_pretrained(tmp_path / "seq2seq")
+    save_words(tmp_path / "seq2seq")
+    values = {"adapter": GATED, "training": {"epochs": 1, "batch_size": 4}, "output": str(tmp_path / "runs")}
+    for kind in ("causal-lm", "seq2seq"):
+        task = {"kind": kind, "data": str(data), "max_new_tokens": 4} | (
+            {"max_length": 32} if kind != "seq2seq" else {}
+        )
+        run = fit(parse_recipe({"name": kind, "backbone": str(tmp_path / kind), "task": task, **values}, "test"))
+        assert command(["convert", str(run.folder.path), "--to", "onnx"]) == 0
+    reading = run.folder.path
+    session = onnxruntime.InferenceSession(str(reading / "onnx" / "model.onnx"), providers=["CPUExecutionProvider"])
+    assert {one.name for one in session.get_inputs()} == {"input_ids", "attention_mask", "decoder_input_ids"}
+    model = Run.load(reading).model.cpu().eval()
+    for sources, begun in ((5, 1), (2, 6)):
+        ids = torch.randint(3, 9, (1, sources))
+        written = torch.zeros(1, begun, dtype=torch.long)
+        fed = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "decoder_input_ids": written}
+        with torch.no_grad():
+            wanted = model(**fed).logits
+        (found,) = session.run(["logits"], {name: value.numpy() for name, value in fed.items()})
+        assert np.allclose(found, wanted.numpy(), atol=1e-4)
+
+
 # ---- what is refused ---------------------------------------------------------------------------------------------
 
 
@@ -175,6 +231,24 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path, monkeypatch: pytest.Mon
         patch.setattr("pelton.export.onnx.find_spec", lambda name: None if name == "onnxscript" else found(name))
         with pytest.raises(AdapterError, match=r"ONNX needs onnxscript. .*pip install 'pelton\[onnx\]'"):
             to_onnx(model, tmp_path / "model.onnx", arch.inputs())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_example_that_lacks_an_input_is_said(tmp_path: Path) -> None:
+    arch = ARCHS["t5"]
+    inputs = {name: value for name, value in arch.inputs().items() if not name.startswith("decoder")}
+    with pytest.raises(
+        AdapterError, match=r"The model does not run on the example \(input_ids.*needs decoder_input_ids"
+    ):
+        to_onnx(attached(arch), tmp_path / "model.onnx", inputs)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_file_that_onnx_runtime_cannot_run_is_not_kept(tmp_path: Path) -> None:
+    arch = ARCHS["bert"]
+    with pytest.raises(AdapterError, match=r"cannot run the exported model .*Export the model in float32"):
+        to_onnx(attached(arch).bfloat16(), tmp_path / "model.onnx", arch.inputs())
     assert not list(tmp_path.iterdir())
 
 

@@ -27,26 +27,30 @@ from pelton.tuner.store import draft_beside, exchange
 LIMIT = 1e-4
 """How far ONNX Runtime may be from the model, relative to its largest value where that is above 1."""
 
+DECODER = "decoder_input_ids"
+
 Inputs = Mapping[str, Tensor]
 
 
 def to_onnx(model: nn.Module, path: Path | str, example: Inputs, *, tolerance: float = LIMIT) -> Path:
     """Writes a model as an ONNX file, after ONNX Runtime has agreed with it on the example and on twice its rows.
 
-    Inputs have the example's names; outputs those of the model, such as `logits`. The first size of each input is
-    free; of inputs [B, T] the second is too.
+    What a model says at padding, where the example's mask is 0, means nothing and is not compared. Inputs have the
+    example's names; outputs those of the model, such as `logits`. The first size of each input is free; of inputs
+    [B, T] the second is too.
 
     Args:
         model: Any model, with or without adapters; it is left as it is.
         path: Of the file. Weights above what one file may hold lie beside it, in a file that ends in `.data`.
-        example: Inputs of two rows or more, without labels.
+        example: All inputs that a forward needs, of two rows or more, without labels.
         tolerance: How far outputs may differ, relative to their largest value where that is above 1.
 
     Returns:
         The path.
 
     Raises:
-        AdapterError: onnx is not installed, the example has one row, or what came out differs; nothing is written.
+        AdapterError: onnx is not installed, the example has one row or lacks an input, or what came out differs or
+            does not run; nothing is written.
     """
     _require_installed()
     inputs = {name: value.detach() for name, value in example.items()}
@@ -87,11 +91,26 @@ def run_to_onnx(path: Path, output: Path) -> Path:
     inputs = run.examples().inputs[:2]
     features = run.task.encode([*inputs, *inputs][:2], run.processor)
     batch = run.task.collator(run.processor)([features[0], features[1]])
+    example = {key: value for key, value in batch.items() if isinstance(value, Tensor)}
+    if run.task.peft_type == "SEQ_2_SEQ_LM":
+        example[DECODER] = _begun(run.model, example["input_ids"])
     with draft_beside(output) as draft:
-        to_onnx(run.model.cpu(), draft / "model.onnx", {k: v for k, v in batch.items() if isinstance(v, Tensor)})
+        to_onnx(run.model.cpu(), draft / "model.onnx", example)
         run.processor.save_pretrained(draft)
         draft.rename(output)
     return output / "model.onnx"
+
+
+def _begun(model: Any, sources: Tensor) -> Tensor:
+    """Returns what a decoder is given, its first token and more, [B, D]: never as many tokens as sources have."""
+    configs = (getattr(model, "generation_config", None), model.config)
+    starts = [getattr(config, "decoder_start_token_id", None) for config in configs]
+    start = next((token for token in starts if token is not None), None)
+    if start is None:
+        raise AdapterError("The model's config has no decoder_start_token_id, with which its decoder begins. Set it.")
+    width = 2 if sources.shape[1] != 3 else 3
+    more = sources[:, :1].expand(-1, width)
+    return torch.cat([torch.full_like(sources[:, :1], start), more], dim=1)
 
 
 class _Flat(nn.Module):
@@ -103,7 +122,13 @@ class _Flat(nn.Module):
         self.model, self.inputs = model, list(example)
         cached = getattr(getattr(model, "config", None), "use_cache", None)
         self.more = {"use_cache": False} if cached else {}
-        found = model(**example, **self.more)
+        try:
+            found = model(**example, **self.more)
+        except (TypeError, ValueError) as error:
+            lacks = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and DECODER not in example
+            hint = f". An encoder-decoder that writes needs {DECODER}, too." if lacks else ""
+            given = ", ".join(self.inputs)
+            raise AdapterError(f"The model does not run on the example ({given}): {error}{hint}") from error
         if not isinstance(found, Mapping):
             raise AdapterError(f"Expected a model that returns named outputs, but got {type(found).__name__}.")
         self.outputs = [str(name) for name, value in found.items() if isinstance(value, Tensor)]
@@ -152,23 +177,41 @@ def _quiet() -> Iterator[None]:
 
 def _check(flat: _Flat, file: Path, batches: list[dict[str, Tensor]], tolerance: float) -> None:
     """Raises AdapterError unless ONNX Runtime gives the model's outputs."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    taken = {one.name for one in session.get_inputs()}
     for batch in batches:
-        fed = {name: value.cpu().numpy() for name, value in batch.items() if name in taken}
-        try:
-            said = cast(list[Any], session.run(flat.outputs, fed))
-        except Exception as error:  # onnxruntime has no exception of its own that is public
-            raise AdapterError(f"ONNX Runtime cannot run the exported model ({error}); nothing is written.") from error
-        for name, wanted, found in zip(flat.outputs, flat(*batch.values()), said, strict=True):
-            wanted = wanted.float().cpu()
-            away = float((wanted - torch.from_numpy(found).float()).abs().max() / wanted.abs().max().clamp_min(1))
+        for name, wanted, found in zip(flat.outputs, flat(*batch.values()), _run(flat, file, batch), strict=True):
+            real = _real(name, wanted, batch)
+            wanted, found = wanted.float().cpu()[real], found.float()[real]
+            away = float((wanted - found).abs().max() / wanted.abs().max().clamp_min(1))
             if not away <= tolerance:
                 raise AdapterError(
                     f"ONNX Runtime differs from the model by {away:.2g} in {name!r}, above tolerance={tolerance:.2g}; "
                     "nothing is written. Give a larger tolerance for a backbone in half precision."
                 )
+
+
+def _run(flat: _Flat, file: Path, batch: Inputs) -> list[Tensor]:
+    """Returns what ONNX Runtime makes of a batch."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+        taken = {one.name for one in session.get_inputs()}
+        fed = {name: value.cpu().numpy() for name, value in batch.items() if name in taken}
+        return [torch.from_numpy(value) for value in cast(list[Any], session.run(flat.outputs, fed))]
+    except Exception as error:  # onnxruntime has no exception of its own that is public
+        half = sorted({str(value.dtype) for value in flat.parameters()} & {"torch.bfloat16", "torch.float16"})
+        hint = f" Export the model in float32 (model.float()) instead of {half[0]}." if half else ""
+        raise AdapterError(
+            f"ONNX Runtime cannot run the exported model ({error}); nothing is written.{hint}"
+        ) from error
+
+
+def _real(name: str, output: Tensor, batch: Inputs) -> Tensor:
+    """Returns where an output is no padding: [B, T] under its mask, else [B]; what a model says there is its own."""
+    decoder = DECODER in batch and not name.startswith("encoder_")
+    mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
+    if mask is None or mask.ndim != 2 or output.shape[:2] != mask.shape or not mask.any():
+        return torch.ones(output.shape[:1], dtype=torch.bool)
+    return mask.cpu().bool()
