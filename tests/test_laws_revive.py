@@ -1,19 +1,24 @@
-"""What a pass took from one adapter comes back to that adapter only; adapters of different backbones do not mix."""
+"""What a pass took from one adapter comes back to that adapter only, and what it learned since stays; adapters of
+different backbones do not mix.
+"""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
 
-from law import attached, wake
-from pelton import prune, revive
+from law import METHODS, attached, wake
+from pelton import FixedGate, ScalarGate, fold, prune, revive, set_methods, unfold
 from pelton.compress.together import combine_runs
 from pelton.errors import AdapterError
-from test_laws_compress import assert_same, tensors
-from zoo import ARCHS
+from pelton.tuner import gated_blocks
+from test_laws_compress import assert_same, output, tensors
+from zoo import ARCHS, Arch
 
 
 def test_reviving_onto_another_adapter_is_refused(tmp_path: Path) -> None:
@@ -48,3 +53,81 @@ def test_runs_of_different_backbones_are_not_combined(tmp_path: Path, monkeypatc
     with pytest.raises(AdapterError, match=r"different backbones: backbone-one, backbone-two. Combine equal ones"):
         combine_runs([tmp_path / "one", tmp_path / "two"], tmp_path / "both")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+# ---- what was trained while a part was folded --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["bert", "llama", "albert"])
+def test_what_did_not_fold_keeps_what_it_learned(name: str) -> None:
+    arch = ARCHS[name]
+    model = attached(arch, "scalar", [METHODS[kind] for kind in ("lora", "prefix-kv", "bottleneck")])
+    before = tensors(model)
+    fold(model)
+    learned = {}
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if ".pelton." in key:
+                parameter.add_(1.0)
+                learned[key] = parameter.clone()
+    assert unfold(model) is model
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert any(".keys" in key for key in learned)
+    for key, value in before.items():
+        if key not in learned:
+            assert torch.equal(after[key], value)  # what was folded, and the backbone
+        elif ".gates." in key:
+            assert after[key].tolist() == [value[0], *learned[key].tolist()]  # of LoRA, which was folded; the others
+        else:
+            assert torch.equal(after[key], learned[key])
+
+
+def part_folded(arch: Arch, prefix: str = "prefix-mlp") -> Any:
+    model = attached(arch, "scalar", [METHODS[kind] for kind in ("lora", prefix, "bottleneck")])
+    return fold(model)
+
+
+@pytest.mark.parametrize("prefix", ["prefix-mlp", "prefix-token"])
+def test_a_prefix_that_learned_as_keys_and_values_is_not_unfolded(prefix: str) -> None:
+    model = part_folded(ARCHS["bert"], prefix)
+    with torch.no_grad():
+        next(p for key, p in model.named_parameters() if key.endswith("attn.keys")).add_(1.0)
+    before = tensors(model)
+    with pytest.raises(AdapterError, match="was trained since the prefix became keys and values"):
+        unfold(model)
+    assert_same(model, before)
+
+
+def test_what_was_made_smaller_since_is_revived_before_it_is_unfolded() -> None:
+    arch = ARCHS["bert"]
+    whole = tensors(attached(arch, "scalar", [METHODS[kind] for kind in ("lora", "prefix-mlp", "bottleneck")]))
+    model = part_folded(arch)
+    prune(model, keep=2)
+    before = tensors(model)
+    with pytest.raises(AdapterError, match=r"was made smaller since it was folded. Bring that back first"):
+        unfold(model)
+    assert_same(model, before)
+    revive(model)
+    unfold(model)
+    assert_same(model, whole)
+
+
+@pytest.mark.parametrize("rest", [[], ["bottleneck"]])
+def test_a_method_that_was_off_is_off_again(rest: list[str]) -> None:
+    arch = ARCHS["bert"]
+    model = attached(arch, FixedGate(0.5), [METHODS[kind] for kind in ("lora", "ia3", *rest)])
+    set_methods(model, ia3=False)
+    out = output(arch, model)
+    again = unfold(fold(model))
+    assert {block.off for block in gated_blocks(again)} == {frozenset({"ia3"})}
+    assert torch.equal(output(arch, again), out)
+
+
+def test_a_method_that_was_turned_off_since_stays_off() -> None:
+    arch = ARCHS["bert"]
+    model = attached(arch, ScalarGate(0.5), [METHODS[kind] for kind in ("lora", "bottleneck")])
+    fold(model)
+    set_methods(model, bottleneck=False)
+    unfold(model)
+    assert {block.off for block in gated_blocks(model)} == {frozenset({"bottleneck"})}

@@ -13,15 +13,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from peft import get_peft_model
-from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from pelton.compress.folded import Folded, hashes, heads_back, record, turn_off, whole
 from pelton.compress.steps import adapter_of
 from pelton.errors import AdapterError
 from pelton.methods import MethodSpec, Prefix, PrefixPart
@@ -38,29 +36,6 @@ from pelton.tuner.recast import adapter_tensors, recast, with_changes
 from pelton.tuner.store import digest
 
 RECORD = "pelton_folded"
-
-
-@dataclass(frozen=True)
-class Folded:
-    """The way back from a folded model.
-
-    Attributes:
-        adapter: The adapter's name.
-        config: Its config before.
-        tensors: Its tensors before.
-        weights: The backbone's weights that changed, as they were, by name.
-        digest: A hash of those weights as they are since.
-        heads: Modules that were trained whole, as they were before they were trained, by name.
-        lost: What rounding to few bits took; None where every weight is exact.
-    """
-
-    adapter: str
-    config: PeltonConfig
-    tensors: dict[str, Tensor]
-    weights: dict[str, Tensor]
-    digest: str
-    heads: dict[str, nn.Module]
-    lost: Lost | None = None
 
 
 def fold(model: nn.Module, *, adapter: str | None = None, requantize: bool = False) -> nn.Module:
@@ -112,7 +87,7 @@ def fold(model: nn.Module, *, adapter: str | None = None, requantize: bool = Fal
         )
     keys = {id(p): key for key, p in tuner.model.named_parameters()}
     changes = {keys[id(change.parameter)]: change for change in found}
-    record = _record(tuner, name, changes, rounded)
+    way_back = record(tuner, name, {key: change.kept() for key, change in changes.items()}, rounded)
     rest = None if all(kinds.values()) else _rest(tuner, name)
     with as_before(model) as before:
         before.write(list(changes.values()))
@@ -122,8 +97,9 @@ def fold(model: nn.Module, *, adapter: str | None = None, requantize: bool = Fal
             config.steps = ()
             config.folded = {"weights": sorted(changes), "digest": now}
             recast(tuner, name, config, tensors)
+        left = hashes(adapter_tensors(tuner, name)) if rest is not None else {}
         plain: nn.Module = model if rest is not None else tuner.unload_trained()
-        setattr(plain, RECORD, dataclasses.replace(record, digest=now))
+        setattr(plain, RECORD, dataclasses.replace(way_back, digest=now, rest=left))
         return plain
 
 
@@ -139,25 +115,30 @@ def folded_loss(model: nn.Module) -> Lost | None:
 def unfold(model: nn.Module) -> nn.Module:
     """Brings back the gated model that `fold` made this one of, to the bit; in place.
 
+    What did not fold and was trained since, and a trained head, stay as they are now.
+
     Returns:
         The model with its adapter attached.
 
     Raises:
-        AdapterError: the model was not folded here, or its weights have changed since.
+        AdapterError: the model was not folded here, its folded weights have changed since, or what did not fold was
+            made smaller or, as a prefix, trained since; nothing is changed.
     """
-    record = _folded(model)
+    way_back = _folded(model)
     found = tuners(model)
     backbone: nn.Module = found[0].model if found else model
-    if digest(stored(backbone, record.weights)) != record.digest:
+    if digest(stored(backbone, way_back.weights)) != way_back.digest:
         raise AdapterError("The folded weights have changed since: unfolding would lose what they learned.")
-    changes = [_change_back(backbone, key, value) for key, value in record.weights.items()]
+    tensors = whole(found[0], way_back) if found else way_back.tensors
+    changes = [_change_back(backbone, key, value) for key, value in way_back.weights.items()]
     with as_before(model) as before:
         before.write(changes)
-        if found:
-            recast(found[0], record.adapter, record.config, record.tensors)
-            del model.__dict__[RECORD]
-            return model
-        return _attached(model, record)
+        if not found:
+            return _attached(model, way_back)
+        recast(found[0], way_back.adapter, way_back.config, tensors)
+        turn_off(found[0], way_back)
+        del model.__dict__[RECORD]
+        return model
 
 
 def _change_back(backbone: nn.Module, key: str, value: Tensor) -> Change:
@@ -166,37 +147,25 @@ def _change_back(backbone: nn.Module, key: str, value: Tensor) -> Change:
     return Change(layer, slot, value, scheme_of(layer, path))
 
 
-def _attached(model: nn.Module, record: Folded) -> nn.Module:
+def _attached(model: nn.Module, way_back: Folded) -> nn.Module:
     """Attaches an adapter that was folded whole."""
     del model.__dict__[RECORD]
-    gated = get_peft_model(cast(Any, model), copy.copy(record.config), adapter_name=record.adapter)
-    tuner, name = adapter_of(gated, record.adapter)
-    recast(tuner, name, record.config, record.tensors)
-    for path, original in record.heads.items():
-        cast(Any, tuner.model.get_submodule(path)).original_module = original
+    gated = get_peft_model(cast(Any, model), copy.copy(way_back.config), adapter_name=way_back.adapter)
+    tuner, name = adapter_of(gated, way_back.adapter)
+    recast(tuner, name, way_back.config, way_back.tensors)
+    turn_off(tuner, way_back)
+    heads_back(tuner, way_back)
     gated.train(model.training)
     return cast(nn.Module, gated)
 
 
 def _folded(model: nn.Module) -> Folded:
-    record = cast(Folded | None, model.__dict__.get(RECORD))
-    if record is None:
+    found = cast(Folded | None, model.__dict__.get(RECORD))
+    if found is None:
         raise AdapterError(
             f"This {type(model).__name__} was not folded, or it was saved and loaded since: there is no way back."
         )
-    return record
-
-
-def _record(tuner: PeltonModel, name: str, changes: Mapping[str, Change], rounded: Lost | None) -> Folded:
-    """Keeps what folding loses."""
-    weights = {key: change.kept() for key, change in changes.items()}
-    tensors = {key: value.detach().clone() for key, value in adapter_tensors(tuner, name).items()}
-    heads = {
-        path: module.original_module
-        for path, module in tuner.model.named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    }
-    return Folded(name, tuner.peft_config[name], tensors, weights, "", heads, rounded)
+    return found
 
 
 @torch.no_grad()

@@ -74,9 +74,11 @@ def combine_runs(
 
 def _require_one_backbone(folders: Sequence[RunFolder]) -> None:
     """Refuses runs whose adapters were not trained on the same weights."""
-    backbones = []
-    for folder in folders:
-        recipe = load_recipe(folder.recipe)
+    recipes = [load_recipe(folder.recipe) for folder in folders]
+    backbones = list(dict.fromkeys(recipe.backbone for recipe in recipes))
+    if len(backbones) > 1:
+        raise AdapterError(f"The runs have different backbones: {', '.join(backbones)}. Combine equal ones.")
+    for folder, recipe in zip(folders, recipes, strict=True):
         if recipe.adapter is None or adapter_config(recipe.adapter) is None:
             raise AdapterError(f"{folder.path} has no adapter. Combine runs that trained one.")
         if recipe.training.train_backbone:
@@ -84,11 +86,6 @@ def _require_one_backbone(folders: Sequence[RunFolder]) -> None:
                 f"{folder.path} trained its backbone too, so its adapter fits that one alone. Combine runs whose "
                 "backbone was frozen (training.train_backbone=false)."
             )
-        backbones.append(recipe.backbone)
-    if len(set(backbones)) > 1:
-        raise AdapterError(
-            f"The runs have different backbones: {', '.join(dict.fromkeys(backbones))}. Combine equal ones."
-        )
 
 
 def _require_one_task(folders: Sequence[RunFolder]) -> None:
