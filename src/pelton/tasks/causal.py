@@ -20,6 +20,7 @@ from pelton.tasks.packing import pack, require_packable
 from pelton.tasks.positions import require_positions
 from pelton.tasks.tables import Table
 from pelton.tasks.templates import Chat, Continued, Formatted, Template
+from pelton.tasks.texts import require_texts, require_unicode
 
 END = {"head": "end", "tail": "beginning"}
 """What a response loses where an end of it is kept."""
@@ -109,7 +110,10 @@ class CausalLM(Task[CausalSettings]):
         """Makes prompts of texts, and of their inputs where the task has such; to a chat each is the user's."""
         if pairs is not None and self.settings.input_column is None:
             raise DataError("This task's prompts are one text, without an input: leave --pair out.")
-        return [Prompt(text, context) for text, context in zip(texts, pairs or [""] * len(texts), strict=True)]
+        for number, context in enumerate(pairs or [], 1):
+            require_unicode(context, f"Input {number}")
+        contexts = [context if context.strip() else "" for context in pairs or [""] * len(texts)]
+        return [Prompt(text, context) for text, context in zip(require_texts(texts), contexts, strict=True)]
 
     def start(self, model: Any, batches: Callable[[], Iterable[Mapping[str, Any]]]) -> None:
         """Checks that something is left to learn, that it fits the backbone, and that packed examples stay apart."""

@@ -18,7 +18,7 @@ from pelton.tasks.columns import pick_column
 from pelton.tasks.positions import require_positions
 from pelton.tasks.settings import Count, TaskSettings
 from pelton.tasks.tables import Table
-from pelton.tasks.texts import check_texts
+from pelton.tasks.texts import check_texts, require_texts
 
 PAIRS = (
     ("source", "target"),
@@ -145,7 +145,7 @@ class SequenceToSequence(Task[Seq2SeqSettings]):
         """Takes texts as sources."""
         if pairs is not None:
             raise DataError("Sequence to sequence reads one text an example: leave --pair out.")
-        return list(texts)
+        return require_texts(texts)
 
     def encode(self, inputs: Sequence[str], processor: Any, targets: Sequence[str] | None = None) -> Any:
         """Tokenises sources with their prompt, and targets."""

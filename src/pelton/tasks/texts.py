@@ -52,7 +52,30 @@ def typed_texts(settings: TextSettings, texts: Sequence[str], pairs: Sequence[st
         raise DataError(
             f"An example of this task has {len(columns)} text(s) ({', '.join(columns)}), but got {len(given)}."
         )
+    for field in given:
+        require_texts(field)
     return list(zip(*given, strict=True))
+
+
+def require_texts(texts: Sequence[str]) -> list[str]:
+    """Returns what was typed, where each is a text; one that is empty or no text is an error that counts to it."""
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise DataError(f"Text {number}: expected a text, but got {type(text).__name__} {text!r}.")
+        if not text.strip():
+            raise DataError(f"Text {number} is empty. Leave it out or fill it in.")
+        require_unicode(text, f"Text {number}")
+    return list(texts)
+
+
+def require_unicode(text: str, name: str) -> None:
+    """Raises DataError where a text holds bytes that no character stands for, as a terminal passes them on."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{name} is not UTF-8, from character {error.start + 1} on: {text!r}. Encode it as UTF-8."
+        ) from error
 
 
 def tokenise(texts: Sequence[Texts], tokenizer: Any, settings: TextSettings) -> dict[str, Any]:
