@@ -28,7 +28,7 @@ import json
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pelton.errors import TrainingError
 
@@ -143,7 +143,15 @@ class RunFolder:
     @property
     def phase(self) -> Phase:
         """How far the run came."""
-        return self.read("state")["phase"]  # type: ignore[no-any-return]
+        state = self.read("state")
+        if not isinstance(state, dict) or state.get("phase") not in get_args(Phase):
+            raise self.broken("state.json", f"expected a phase ({', '.join(get_args(Phase))}), but got {state!r}")
+        return state["phase"]  # type: ignore[no-any-return]
+
+    def broken(self, name: str, reason: object) -> TrainingError:
+        """Returns what is raised where a file or folder of the run cannot be used: which, why, and what to do."""
+        why = " ".join(str(reason).split()) or type(reason).__name__
+        return TrainingError(f"{self.path / name} is missing or broken ({why}). Copy the run's folder again, whole.")
 
     def set_phase(self, phase: Phase) -> None:
         """Notes how far the run came."""

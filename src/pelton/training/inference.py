@@ -10,6 +10,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from pelton.errors import DataError
 from pelton.tasks.base import Task
 from pelton.training.batching import feature_lengths
 
@@ -65,6 +66,16 @@ def pass_over(
     with _at_rest(model, precision):
         for batch in _collated(model, task, features, processor, _batches(range(len(features)), batch_size)):
             model(**batch)
+
+
+def require_tokens(features: Any) -> None:
+    """Raises DataError where a feature has no tokens, so that there is nothing to run a model on."""
+    lengths = feature_lengths(features)
+    if lengths is not None and not lengths.all():
+        raise DataError(
+            f"Input {int(lengths.argmin()) + 1} has no tokens: it is empty, or the tokenizer knows nothing in it. "
+            "Leave it out or fill it in."
+        )
 
 
 @contextmanager

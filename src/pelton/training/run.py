@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
+from transformers.utils import CONFIG_NAME
 
-from pelton.errors import TrainingError
+from pelton.errors import PeltonError, TrainingError
 from pelton.tasks.base import Examples, Task
 from pelton.tasks.load import load_task, restore_task
 from pelton.training.backbone import adapter_config, load_backbone, load_processor, load_trained, quiet
 from pelton.training.folder import RunFolder
-from pelton.training.inference import infer, pass_over
+from pelton.training.inference import infer, pass_over, require_tokens
 from pelton.training.loading import load_recipe
 from pelton.training.recipe import Recipe
 from pelton.training.scratch import is_new
+from pelton.tuner.config import WEIGHTS
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,13 @@ class Run:
         """Loads a finished run from its folder.
 
         Raises:
-            TrainingError: the folder is not a run, or its training did not end.
+            TrainingError: the folder is not a run, its training did not end, or a file of it is missing or broken.
         """
         folder = RunFolder.open(Path(path))
         if folder.phase not in ("trained", "finished"):
             raise TrainingError(f"{path} is not finished ({folder.phase}). Go on with: pelton fit --resume {path}")
         recipe = load_recipe(folder.recipe)
-        task = restore_task(recipe.task, folder.read("task"))
+        task = _restore(folder, recipe)
         with quiet():
             processor = load_processor(str(folder.model) if is_new(recipe.backbone) else recipe.backbone, task)
             model = _load_model(folder, recipe, task, processor)
@@ -62,8 +66,14 @@ class Run:
 
         Args:
             inputs: What the task reads: for texts one tuple an example, of as many texts as the task has columns.
+
+        Raises:
+            DataError: an input has no tokens.
         """
+        if not len(inputs):
+            return []
         features = self.task.encode(inputs, self.processor)
+        require_tokens(features)
         return self.task.predict(inputs, features, self._infer(features))
 
     def evaluate(self, examples: Examples, features: Any = None) -> dict[str, float]:
@@ -96,7 +106,7 @@ class Run:
             inputs: The examples.
             sort: Batches examples of like length, which saves padding; off where the order of forwards matters.
         """
-        return self._infer(self.task.encode(inputs, self.processor), sort=sort)
+        return self._infer(self.task.encode(inputs, self.processor), sort=sort) if len(inputs) else []
 
     def forward(self, features: Any) -> None:
         """Runs the model once over features, in their order, for what hooks see of it.
@@ -114,11 +124,40 @@ class Run:
         return {"batch_size": settings.eval_batch_size, "precision": settings.precision}
 
 
+def _restore(folder: RunFolder, recipe: Recipe) -> Task[Any]:
+    stored = folder.read("task")
+    try:
+        return restore_task(recipe.task, stored)
+    except KeyError as error:
+        raise folder.broken("task.json", f"it lacks {error}") from error
+    except TypeError as error:
+        raise folder.broken("task.json", error) from error
+
+
 def _load_model(folder: RunFolder, recipe: Recipe, task: Task[Any], processor: Any) -> Any:
-    if recipe.adapter is None or adapter_config(recipe.adapter) is None:
-        return load_trained(task, folder.model, recipe.attention)
-    if recipe.training.train_backbone:
-        model = load_trained(task, folder.model, recipe.attention)
+    plain = recipe.adapter is None or adapter_config(recipe.adapter) is None
+    if plain or recipe.training.train_backbone:
+        with _read(folder, folder.model, CONFIG_NAME):
+            model = load_trained(task, folder.model, recipe.attention)
     else:
         model, _ = load_backbone(recipe.backbone, task, processor, recipe.attention)
-    return PeftModel.from_pretrained(model, folder.adapter)
+    if plain:
+        return model
+    with _read(folder, folder.adapter, "adapter_config.json", WEIGHTS):
+        return PeftModel.from_pretrained(model, folder.adapter)
+
+
+@contextmanager
+def _read(folder: RunFolder, place: Path, *names: str) -> Iterator[None]:
+    """Says which file or folder of a run is missing or broken where its model cannot be read from it."""
+    for name in names:
+        if not (place / name).is_file():
+            raise folder.broken(f"{place.name}/{name}", "no such file")
+    try:
+        yield
+    except PeltonError:
+        raise
+    except KeyError as error:  # of what PEFT and transformers look up in a config
+        raise folder.broken(f"{place.name}/{names[0]}", f"unknown or missing {error}") from error
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise folder.broken(place.name, repr(error)) from error
