@@ -177,6 +177,15 @@ def test_debug_shows_the_traceback() -> None:
         pelton(["fit", "bankin77", "--debug"])
 
 
+def test_drift_names_blocks_in_a_narrow_terminal(
+    trained: Path, place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert pelton(["drift", str(trained), "--data", str(place / "data" / "test.jsonl")]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "lora" in line]
+    assert [row[:2] for row in rows] == [["0", "lora"], ["1", "lora"]]
+
+
 def test_convert_writes_over_nothing(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.read_bytes() for path in (trained / "adapter").iterdir()}
     assert pelton(["convert", str(trained), "--output", str(trained / "adapter")]) == 2
@@ -196,8 +205,12 @@ def test_mistakes_with_a_run(trained: Path, tmp_path: Path, capsys: pytest.Captu
         (["gates", str(trained), "--plot", str(tmp_path / "a.xyz")], "cannot be drawn"),
         (
             ["predict", str(trained), "--text", "a", "--output", str(tmp_path / "no" / "where")],
-            "No such file or directory",
+            f"there is no folder {tmp_path / 'no'} for where. Make it, or name another --output",
         ),
+        (["predict", str(trained), "--text", "a", "--output", str(tmp_path)], "is a folder: expected a file"),
+        (["pictures", str(trained), "--output", str(tmp_path / "x")], "x is no picture's name: expected an ending"),
+        (["pictures", str(trained), "--output", str(tmp_path / "x.pngg")], "expected an ending such as .png"),
+        (["pictures", str(trained), "--output", str(tmp_path / "no" / "x.png")], "for x.png. Make it"),
     ):
         assert pelton(arguments) == 2
         error = capsys.readouterr().err

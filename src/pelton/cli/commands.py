@@ -26,6 +26,14 @@ app = typer.Typer(
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.", show_default=False)]
 
 
+def require_place(path: Path) -> None:
+    """Raises BadParameter where no file can be written at a path, before anything long begins."""
+    if path.is_dir():
+        raise typer.BadParameter(f"{path} is a folder: expected a file for --output")
+    if not path.absolute().parent.is_dir():
+        raise typer.BadParameter(f"there is no folder {path.parent} for {path.name}. Make it, or name another --output")
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"pelton {__version__}")
@@ -101,6 +109,8 @@ def predict(
 
     trained = Run.load(run)
     task = trained.task
+    if output is not None and not task.draws:
+        require_place(output)
     inputs = task.check_inputs(read_table(file)) if file is not None else task.from_texts(text or [], pair)
     found = trained.predict(inputs)
     if output is not None and task.draws:
@@ -158,10 +168,16 @@ def pictures(
     count: Annotated[int, typer.Option(min=1, help="Examples, a row each.")] = 6,
 ) -> None:
     """Draw test images beside what a run makes of them: masks and truth, or what was hidden and its reconstruction."""
+    from PIL import Image
+
     from pelton.insight.sheets import run_sheet
     from pelton.training.run import Run
 
     path = run / "pictures.png" if output is None else output
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise typer.BadParameter(f"{path} is no picture's name: expected an ending such as .png or .jpg")
+    if output is not None:
+        require_place(output)
     run_sheet(Run.load(run), count).save(path)
     print(path)
 

@@ -103,6 +103,8 @@ def change(found: Change) -> None:
 
 def drift(found: GateDrift) -> None:
     """Prints how far each gate has moved, the level, and what is due."""
+    from pelton.insight.gates import block_labels
+
     grid = Table(box=None, padding=(0, 1))
     for name in ("block", "method"):
         grid.add_column(name)
@@ -110,11 +112,11 @@ def drift(found: GateDrift) -> None:
         grid.add_column(name, justify="right")
     grid.add_column("level")
     colours = {"stable": "", "watch": "yellow", "act": "red"}
-    for row in found.table.to_dict("records"):
+    for block, row in zip(block_labels(found.table), found.table.to_dict("records"), strict=True):
         method = f"{row['method']} (pruned)" if row["pruned"] else str(row["method"])
         numbers = [f"{row[name]:.2f}" for name in ("reference", "live", "psi", "ks")]
         level = Text(str(row["level"]) if found.level != "unknown" else "–", style=colours[str(row["level"])])
-        grid.add_row(str(row["block"]), method, *numbers, f"{row['p']:.2g}", level)
+        grid.add_row(block, method, *numbers, f"{row['p']:.2g}", level)
     console = Console()
     console.print(grid)
     before, now = found.examples
