@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import AutoPeftModelForSequenceClassification, PeftModel
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from fits import At, Make
@@ -103,6 +103,24 @@ def test_what_does_not_fold_is_written_beside(trained: Run, capsys: pytest.Captu
         with torch.no_grad():
             logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
         assert torch.allclose(logits, torch.tensor(one), atol=1e-4)
+
+
+def test_the_rest_of_a_folded_adapter_names_the_folded_model(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pelton.compress.runs import fold_run
+
+    adapter = {"methods": ["lora", "bottleneck"], "gate": {"kind": "scalar"}}
+    run = fit(make(adapter, task={"head": "pooler"}, max_steps=2))
+    said = run.outputs(run.examples().inputs)
+    monkeypatch.chdir(tmp_path)
+    fold_run(run.folder.path, Path("folded"))
+    monkeypatch.chdir("/")
+    model = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "folded" / "adapter").eval()
+    (text,), tokenizer = run.examples().inputs[0], AutoTokenizer.from_pretrained(tmp_path / "folded" / "model")
+    with torch.no_grad():
+        logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
+    assert torch.allclose(logits, torch.tensor(said[0]), atol=1e-4)
 
 
 def test_the_scores_are_those_of_the_run(trained: Run) -> None:

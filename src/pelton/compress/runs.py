@@ -161,8 +161,9 @@ def fold_run(path: Path, output: Path) -> tuple[Change, bool]:
     with draft_beside(output) as draft:
         with quiet():
             if not whole:
-                cast(Any, plain).save_pretrained(draft / "adapter")
-                plain = cast(Any, plain).unload()
+                run.model.active_peft_config.base_model_name_or_path = str(output.resolve() / "model")
+                run.model.save_pretrained(draft / "adapter", save_embedding_layers=False)  # they are in the model
+                plain = run.model.unload()
             place = draft if whole else draft / "model"
             cast(Any, plain).save_pretrained(place)
             run.processor.save_pretrained(place)
@@ -171,7 +172,6 @@ def fold_run(path: Path, output: Path) -> tuple[Change, bool]:
 
 
 def _stopwatch(run: Run, data: Loaded) -> Stopwatch:
-    """Measures times on a few batches of training rows."""
     return Stopwatch(tuple(islice(training_batches(run, data, labelled=False), TIMED)))
 
 
