@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,24 +11,27 @@ import torch
 from peft import get_peft_model
 from torch import Tensor, nn
 
+from fits import Make
 from law import METHODS, far, wake
 from pelton import Bottleneck, FixedGate, LoRA, MLPGate, PeltonConfig, Prefix, find_anatomy, initialize_from_gradients
 from pelton.errors import AdapterError
 from pelton.methods import LINEAR_SITES, MethodSpec
+from pelton.training import prepare as prepares
+from tiny import save_data, sentences, write_jsonl
 from zoo import ARCHS, Arch
 
 
 class WithLoss(nn.Module):
     """Any architecture as a model that gives a loss."""
 
-    def __init__(self, arch: Arch, model: Any) -> None:
+    def __init__(self, arch: Arch, model: Any, scale: float = 1.0) -> None:
         super().__init__()
-        self.arch, self.model = arch, model
+        self.arch, self.model, self.scale = arch, model, scale
 
     def forward(self, **inputs: Any) -> SimpleNamespace:
         out = self.arch.run(self.model, inputs)
         target = torch.linspace(-1, 1, out.numel()).view_as(out)
-        return SimpleNamespace(loss=((out - target) ** 2).mean())
+        return SimpleNamespace(loss=self.scale * ((out - target) ** 2).mean())
 
 
 def fresh(arch: Arch, *methods: MethodSpec, gate: Any = None) -> Any:
@@ -143,3 +147,31 @@ def test_what_cannot_be_initialized_is_refused_and_nothing_changes() -> None:
     with pytest.raises(AdapterError, match="trained already"):
         initialize_from_gradients(WithLoss(arch, wake(model)), [inputs])
     assert initialize_from_gradients(WithLoss(arch, fresh(arch, Prefix(prefix_length=2))), [inputs]) == 0
+
+
+# ---- in a run ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_looks_at_rows_of_all_classes(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = sorted(sentences(1200), key=lambda row: row["label"])
+    save_data(tmp_path / "data")
+    write_jsonl(tmp_path / "data" / "train.jsonl", rows)
+    seen: list[int] = []
+
+    def look(model: Any, batches: Any) -> int:
+        seen.extend(label for batch in batches for label in batch["labels"].tolist())
+        return 0
+
+    monkeypatch.setattr(prepares, "initialize_from_gradients", look)
+    prepares.initialize(prepares.prepare(make(adapter={"preset": "default", "init": "gradient"})))
+    assert len(seen) == 512
+    assert 200 < sum(seen) < 312
+
+
+def test_what_cannot_be_seen_is_said() -> None:
+    arch = ARCHS["bert"]
+    model = get_peft_model(arch.build(), PeltonConfig())
+    with torch.inference_mode(), pytest.raises(AdapterError, match="There is no gradient at any part of the adapter"):
+        initialize_from_gradients(WithLoss(arch, model), [arch.inputs()])
+    with pytest.raises(AdapterError, match="The loss is nan"):
+        initialize_from_gradients(WithLoss(arch, model, scale=float("nan")), [arch.inputs()])

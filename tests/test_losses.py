@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from torch.nn import functional as F
-from transformers import Trainer, TrainingArguments
+from transformers import BartConfig, BartForCausalLM, Trainer, TrainingArguments
 
 from fits import GATED, At, Make, assert_same, press_ctrl_c, weights
 from law import attached
@@ -25,6 +25,7 @@ from pelton.tasks.tokens import TokenSettings
 from pelton.training.anchor import Anchor
 from pelton.training.fit import Interrupted, fit, resume
 from pelton.training.folder import RunFolder
+from pelton.training.language import divides_by_tokens
 from pelton.training.losses import IGNORED, ClassLoss, count_classes, inverse_frequency, make_loss, require_loss
 from pelton.training.prepare import prepare
 from pelton.training.recipe import TrainingSettings
@@ -300,10 +301,10 @@ def test_a_lost_penalty_is_said() -> None:
         model(**arch.inputs())
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "t5", "bart", "minigpt"])
 def test_language_models_are_smoothed(name: str, tmp_path: Any) -> None:
     """By transformers' smoother: a decoder's labels are shifted, an encoder-decoder gets its inputs from them."""
-    arch, causal = ARCHS[name], name in ("llama", "gpt2")
+    arch, causal = ARCHS[name], name not in ("t5", "bart")
     task: Any = CausalLM(CausalSettings()) if causal else SequenceToSequence(Seq2SeqSettings())
     model = attached(arch, MLPGate(entropy=0.5, hidden_size=8))
     for module in model.modules():
@@ -330,10 +331,11 @@ def test_language_models_are_smoothed(name: str, tmp_path: Any) -> None:
     torch.testing.assert_close(found, expected + penalty())
     torch.manual_seed(1)
     assert (expected - model(**batch).loss.detach()).abs() > 1e-3
-    if trainer.model_accepts_loss_kwargs:  # half of what was accumulated, by its tokens
+    assert trainer.model_accepts_loss_kwargs == causal
+    if causal:  # half of what was accumulated, by its tokens
         tokens = (wanted != IGNORED).sum()
         half = trainer.compute_loss(model, dict(batch), num_items_in_batch=2 * tokens)
-        share = 0.5 if name == "llama" else ((labels != IGNORED).sum() / (2 * tokens)).item()
+        share = 0.5 if name in ("llama", "minigpt") else ((labels != IGNORED).sum() / (2 * tokens)).item()
         torch.testing.assert_close(half, expected / 2 + penalty() * share)
 
 
@@ -354,3 +356,22 @@ def test_a_vocabulary_is_not_weighed() -> None:
     for loss, key in (({"kind": "focal"}, "kind=focal"), ({"class_weights": "inverse"}, "class_weights=inverse")):
         with pytest.raises(RecipeError, match=f"training.loss.{key} is for a few classes"):
             require_loss(LossSettings(**loss), task)
+
+
+def test_a_model_that_takes_its_own_mean_is_not_told_of_tokens() -> None:
+    config = BartConfig(vocab_size=20, d_model=8, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=8)
+    own = BartForCausalLM(config)
+    assert not divides_by_tokens(own)
+    assert not divides_by_tokens(get_peft_model(own, PeltonConfig()))
+    assert all(divides_by_tokens(ARCHS[name].build()) for name in ("llama", "gpt2", "minigpt"))
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["cross_entropy", "focal"])
+@pytest.mark.parametrize("weights", [None, torch.tensor([1.0, 2.0, 0.5])])
+def test_a_batch_without_labels_has_no_loss(kind: Any, smoothing: float, weights: Any) -> None:
+    logits = torch.randn(4, 3, requires_grad=True)
+    loss = ClassLoss(LossSettings(kind=kind, label_smoothing=smoothing), weights)(logits, torch.full((4,), IGNORED))
+    loss.backward()
+    assert loss == 0
+    assert torch.equal(logits.grad, torch.zeros(4, 3))

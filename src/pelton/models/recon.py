@@ -224,7 +224,9 @@ class ReconForSemanticSegmentation(ReconPreTrainedModel):
         loss = None
         if labels is not None:
             wide = F.interpolate(logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False)
-            loss = F.cross_entropy(wide, labels, ignore_index=self.config.semantic_loss_ignore_index)
+            ignored = self.config.semantic_loss_ignore_index
+            total = F.cross_entropy(wide, labels, ignore_index=ignored, reduction="sum")
+            loss = total / (labels != ignored).sum().clamp_min(1)  # a batch may have no labelled pixel
         return SemanticSegmenterOutput(
             loss=loss, logits=logits, hidden_states=found.hidden_states, attentions=found.attentions
         )

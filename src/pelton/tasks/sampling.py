@@ -48,6 +48,12 @@ def hold_back(classes: Sequence[Hashable], count: int, seed: int) -> tuple[list[
     return [row for row in range(len(classes)) if row not in held], sorted(held)
 
 
+def spread(count: int, most: int) -> list[int]:
+    """Returns at most so many of `count` rows, at equal distances: files are often sorted by class."""
+    kept = min(count, most)
+    return [row * count // kept for row in range(kept)]
+
+
 def _shuffled(count: int, seed: int) -> list[int]:
     rows = list(range(count))
     Random(seed).shuffle(rows)

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from pelton.gates.recording import record_gates
+from pelton.tasks import sampling
 from pelton.tasks.base import Examples
 from pelton.training.run import Run
 from pelton.tuner.summary import gate_summary
@@ -24,9 +25,8 @@ def record_run_gates(run: Run, examples: Examples) -> None:
 
 
 def spread(examples: Examples, most: int = GATE_EXAMPLES) -> Examples:
-    """Returns examples at equal distances, since files are often sorted by class: all kinds are among them."""
-    count = min(len(examples), most)
-    return examples.take([row * len(examples) // count for row in range(count)])
+    """Returns some of the examples, of all classes."""
+    return examples.take(sampling.spread(len(examples), most))
 
 
 def gate_frame(run: Run, features: Any) -> pd.DataFrame:

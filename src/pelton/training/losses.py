@@ -70,21 +70,29 @@ class ClassLoss:
 
     def _of_classes(self, rows: Tensor, classes: Tensor) -> Tensor:
         weights = None if self.weights is None else self.weights.to(rows.device)
+        options: dict[str, Any] = {"ignore_index": IGNORED, "reduction": "sum"}
+        total = _total(classes, weights)
         if not self.gamma:
-            return F.cross_entropy(rows, classes, weights, ignore_index=IGNORED, label_smoothing=self.smoothing)
+            return F.cross_entropy(rows, classes, weights, label_smoothing=self.smoothing, **options) / total
         log_p = rows.log_softmax(dim=-1)
         log_p = (1 - log_p.exp()).clamp_min(_TINY) ** self.gamma * log_p
-        loss = F.nll_loss(log_p, classes, weights, ignore_index=IGNORED)
+        loss = F.nll_loss(log_p, classes, weights, **options)
         if self.smoothing:
             loss = (1 - self.smoothing) * loss + self.smoothing * _spread(log_p, classes, weights)
-        return loss
+        return loss / total
+
+
+def _total(labels: Tensor, weights: Tensor | None) -> Tensor:
+    """Returns what a sum over labels is divided by, their weights; a batch without any label has no loss."""
+    kept = labels[labels != IGNORED]
+    total = torch.ones_like(kept, dtype=torch.float32) if weights is None else weights[kept]
+    return total.sum().clamp_min(_TINY)
 
 
 def _spread(log_p: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
-    """Returns the loss under labels that are spread evenly over all classes."""
-    kept = labels != IGNORED
+    """Returns the sum of the losses under labels that are spread evenly over all classes."""
     each = torch.ones_like(log_p[0]) if weights is None else weights
-    return -(log_p[kept] * each).mean(dim=-1).sum() / each[labels[kept]].sum()
+    return -(log_p[labels != IGNORED] * each).mean(dim=-1).sum()
 
 
 def dice(logits: Tensor, labels: Tensor) -> Tensor:

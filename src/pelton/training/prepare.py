@@ -17,9 +17,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from pelton.errors import RecipeError
-from pelton.tasks.base import Task
+from pelton.tasks.base import Examples, Task
 from pelton.tasks.load import Loaded, load_task
 from pelton.tasks.positions import within
+from pelton.tasks.sampling import spread
 from pelton.training.backbone import (
     adapter_config,
     attach,
@@ -38,7 +39,7 @@ from pelton.training.scratch import is_new, new_backbone
 from pelton.training.unfrozen import unfreeze
 from pelton.tuner.config import WEIGHTS
 from pelton.tuner.controls import tuners
-from pelton.tuner.initialize import initialize_from_gradients
+from pelton.tuner.initialize import EXAMPLES, initialize_from_gradients
 from pelton.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy")
@@ -71,7 +72,8 @@ def prepare(recipe: Recipe) -> Prepared:
     model, new, processor = _backbone(recipe, data)
     data = data.with_task(within(data.task, model))
     recipe = _resolve(recipe, data.task)
-    data.task.start(model, partial(_batches, data, processor, recipe.training.eval_batch_size))
+    whole = partial(_batches, data.task, _examples(data), processor, recipe.training.eval_batch_size)
+    data.task.start(model, whole)
     config = settled(config, recipe.adapter, model.config)
     if config is not None:
         model = attach(model, config, new, data.task.peft_type)
@@ -88,8 +90,9 @@ def _backbone(recipe: Recipe, data: Loaded) -> tuple[Any, list[str], Any]:
     """Loads or makes the model under the task's head; returns it, its modules that are new, and the processor."""
     task = data.task
     if is_new(recipe.backbone):
-        some = data.splits["train"] if data.stream is None else next(data.stream.examples())
-        model, processor = new_backbone(recipe.backbone, recipe.backbone_config, task, some, recipe.attention)
+        model, processor = new_backbone(
+            recipe.backbone, recipe.backbone_config, task, _examples(data), recipe.attention
+        )
         return model, head_modules(model) if task.new_head else [], processor
     processor = load_processor(recipe.backbone, task)
     return *load_backbone(recipe.backbone, task, processor, recipe.attention), processor
@@ -101,7 +104,9 @@ def initialize(prepared: Prepared) -> None:
     if settings is not None and settings.start is not None:
         _start_from(prepared.model, Path(settings.start).expanduser())
     elif settings is not None and settings.init == "gradient" and tuners(prepared.model):
-        batches = _batches(prepared.data, prepared.processor, prepared.recipe.training.eval_batch_size)
+        examples = _examples(prepared.data)
+        some = examples.take(spread(len(examples), EXAMPLES))
+        batches = _batches(prepared.data.task, some, prepared.processor, prepared.recipe.training.eval_batch_size)
         initialize_from_gradients(prepared.model, batches)
 
 
@@ -117,9 +122,13 @@ def _start_from(model: Any, folder: Path) -> None:
     set_peft_model_state_dict(model, tensors)
 
 
-def _batches(data: Loaded, processor: Any, size: int) -> Iterator[Mapping[str, Any]]:
-    """Encodes and collates the training examples; of streamed ones the first."""
-    task, examples = data.task, data.splits["train"] if data.stream is None else next(data.stream.examples())
+def _examples(data: Loaded) -> Examples:
+    """Returns the training examples; of streamed ones the first."""
+    return data.splits["train"] if data.stream is None else next(data.stream.examples())
+
+
+def _batches(task: Task[Any], examples: Examples, processor: Any, size: int) -> Iterator[Mapping[str, Any]]:
+    """Encodes and collates training examples."""
     rows, collate = task.encode(examples.inputs, processor, examples.targets), task.collator(processor)
     for start in range(0, len(rows), size):
         yield collate([rows[i] for i in range(start, min(start + size, len(rows)))])

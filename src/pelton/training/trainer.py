@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerState
-from transformers.trainer_pt_utils import LabelSmoother
 
 from pelton.errors import TrainingError
 from pelton.tasks.base import Task
@@ -18,6 +17,7 @@ from pelton.training.anchor import make_anchor
 from pelton.training.arguments import one_device, training_arguments
 from pelton.training.batching import EachEpoch, TokenBatches, make_sampler
 from pelton.training.folder import RunFolder
+from pelton.training.language import Smoother, divides_by_tokens
 from pelton.training.losses import make_loss
 from pelton.training.optimizer import make_optimizer, parameter_groups, trained_groups
 from pelton.training.pruning import Pruner
@@ -60,14 +60,15 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         self.folder = folder
         self.judge = judge
         # A classifier averages its loss over a batch whatever it is told: the trainer averages accumulated batches.
-        # A language model is told how many tokens the accumulated batches have, and divides by these.
-        self.model_accepts_loss_kwargs = task.loss_counts_tokens
+        # A language model is told how many tokens the accumulated batches have, and most divide by these.
+        self.model_accepts_loss_kwargs = task.loss_counts_tokens and divides_by_tokens(self.model)
         self.remove_callback(PrinterCallback)
         log_into(self, folder.logs)
         self.new_head = task.new_head
         self.criterion = make_loss(settings.loss, task, targets)
         if settings.loss.label_smoothing and self.criterion is None:
-            self.label_smoother: Any = LabelSmoother(settings.loss.label_smoothing)
+            shifts = task.peft_type == "CAUSAL_LM"
+            self.label_smoother: Any = Smoother(settings.loss.label_smoothing, shifts=shifts)
         self.anchor = make_anchor(trained_groups(self.model, task.new_head), settings.l2_sp, settings.l2_head)
         self.sampler = make_sampler(settings, self.train_dataset, targets, self.accelerator.num_processes)
         if self.sampler is not None:

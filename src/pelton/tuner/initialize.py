@@ -56,7 +56,8 @@ def initialize_from_gradients(
         How many parts were turned; parts of other kinds, and prefixes, start as they do.
 
     Raises:
-        AdapterError: the adapter is not active, was trained already, or the model gives no loss; nothing is changed.
+        AdapterError: the adapter is not active, was trained already or has no gradients, or the model gives no finite
+            loss; nothing is changed.
     """
     tuner, name = _adapter_of(model, adapter)
     sketches = list(_sketches(tuner, name))
@@ -210,8 +211,15 @@ def _look(model: nn.Module, batch: Mapping[str, Any], sketches: list[_Sketch]) -
     loss = getattr(model(**inputs), "loss", None)
     if loss is None:
         raise AdapterError("The model gives no loss: initialize_from_gradients needs batches with labels.")
+    if not bool(torch.isfinite(loss)):
+        raise AdapterError(f"The loss is {float(loss.detach())}, so it falls in no direction. Look at the data.")
     outputs = [output for sketch in sketches for output in sketch.outputs]
-    gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True) if outputs else ())
+    if not outputs:
+        raise AdapterError(
+            "There is no gradient at any part of the adapter: it is loaded for inference (pass is_trainable=True), or "
+            "this runs under torch.inference_mode."
+        )
+    gradients = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
     for sketch in sketches:
         sketch.add([next(gradients) for _ in sketch.outputs])
     return next(value.shape[0] for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
