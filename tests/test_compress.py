@@ -62,6 +62,14 @@ def test_from_the_command_line(trained: Run, capsys: pytest.CaptureFixture[str])
     assert [change["name"] for change in changes] == ["prune", "shrink", "freeze", "revive"]
 
 
+def test_pruning_works_without_saying_how_much(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    """Importances by gradients are small numbers: the default is a share of the largest."""
+    assert command(["prune", str(trained.folder.path)]) == 0
+    assert "before" in capsys.readouterr().out
+    assert command(["prune", str(trained.folder.path), "--threshold", "nan"]) == 2
+    assert "threshold is a number" in capsys.readouterr().err
+
+
 def test_fold_and_convert_from_the_command_line(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = {"methods": ["lora", "bitfit"], "gate": {"kind": "scalar"}}
     trained = fit(make(adapter, task={"head": "pooler", "head_init": "random"}))
@@ -226,6 +234,8 @@ def test_importance_needs_a_loss_and_an_adapter_at_work() -> None:
     model = attached(arch)
     with pytest.raises(AdapterError, match="taylor needs batches with labels"):
         taylor(model, [arch.inputs()])
+    with pytest.raises(AdapterError, match="Expected batches, each of inputs by name, but got a str for one"):
+        taylor(model, arch.inputs())  # type: ignore[arg-type]
     with pytest.raises(AdapterError, match="needs at least one batch"):
         taylor(model, [])
     model.add_adapter("second", PeltonConfig(methods=["lora"]))

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,6 +25,7 @@ from transformers import (
 from fits import Make
 from pelton.compress.rows import ROWS, training_batches
 from pelton.compress.runs import freeze_run, prune_run
+from pelton.insight.sheets import save_predictions
 from pelton.tasks.load import load_task
 from pelton.training.fit import fit
 from pelton.training.run import Run
@@ -134,3 +138,30 @@ def test_rows_that_are_sorted_by_class_are_read_at_equal_distances(make: Make, t
     found = Counter(label for batch in batches(run, labelled=True) for label in batch["labels"].tolist())
     assert dict(found) == {0: ROWS // 2, 1: ROWS // 2}
     assert sum(len(batch["input_ids"]) for batch in batches(run)) == ROWS
+
+
+# ---- pictures of predictions -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Said:
+    what: str
+
+
+@pytest.mark.parametrize(
+    ("stems", "names"),
+    [
+        (["a", "a", "a-2"], ["a", "a-3", "a-2"]),
+        (["a-2", "a", "a", "a"], ["a-2", "a", "a-3", "a-4"]),
+        (["a", "b", "a"], ["a", "b", "a-2"]),
+        (["a", "a", "a-2", "a-2"], ["a", "a-3", "a-2", "a-2-2"]),
+    ],
+)
+def test_pictures_of_one_name_are_told_apart(
+    stems: list[str], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels = np.zeros((2, 2, 3), dtype=np.uint8)
+    monkeypatch.setattr("pelton.insight.sheets.drawn", lambda picture, prediction: {"mask": pixels})
+    inputs: list[Any] = [SimpleNamespace(stem=stem) for stem in stems]
+    written = save_predictions(inputs, [Said("something")] * len(stems), tmp_path)
+    assert [path.name for path in written[1:]] == [f"{name}-mask.png" for name in names]

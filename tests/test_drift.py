@@ -345,6 +345,18 @@ def test_a_frozen_run_is_compared_by_the_gates_it_had(
     assert revive(frozen.model) == ["freeze", "prune"]
 
 
+def test_a_record_that_cannot_be_read_is_said(trained: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    run, record = str(trained.folder.path), trained.folder.gate_values
+    record.write_bytes(b"broken")
+    for error in ("ArrowInvalid", "FileNotFoundError"):
+        assert command(["drift", run, "--text", "good"]) == 2
+        said = "".join(capsys.readouterr().err.split())
+        assert f"butcannotberead({error}).Copyit" in said
+        record.unlink(missing_ok=True)
+    assert command(["shrink", run, "--share", "0.9"]) == 0
+    assert command(["drift", run, "--text", "good"]) == 0
+
+
 def test_a_run_without_gates_that_read(make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = fit(make({**GATED, "gate": {"kind": "scalar"}}, max_steps=1))
     assert command(["drift", str(run.folder.path), "--text", "good"]) == 2

@@ -21,6 +21,8 @@ from pelton.tuner.recast import adapter_tensors
 from pelton.tuner.taps import Taps
 from zoo import ARCHS, Arch
 
+KINDS = ("lora", "bottleneck", "prefix", "ia3", "bitfit", "dilated")
+
 
 def output(arch: Arch, model: Any) -> Tensor:
     with torch.no_grad():
@@ -202,6 +204,8 @@ def test_reviving_what_was_trained_since_is_refused() -> None:
         ("scalar", {"threshold": 0.1, "keep": 2}, "threshold and keep exclude each other"),
         ("scalar", {"budget_params": 1}, "budget_params=1 cannot be met: .* Give at least"),
         ("scalar", {"keep": 0}, "`keep > 0` must hold, but got keep=0"),
+        ("scalar", {"threshold": float("nan")}, "`threshold is a number` must hold, but got threshold=nan"),
+        ("scalar", {"importance": {"0": {"lora": float("nan")}}}, "The importance of 'lora' in block 0 is nan"),
         ("scalar", {"importance": {"0": {"lora": 1.0}}}, "importance has no number for 'bottleneck' in block 0"),
         ("mlp", {"threshold": 0.1}, "These gates read the input, so how open a method is depends on data"),
         ("scalar", {"adapter": "defalt"}, "There is no adapter 'defalt'"),
@@ -213,6 +217,23 @@ def test_what_cannot_be_pruned_is_said(gate: str, arguments: dict[str, Any], mes
     with pytest.raises(Exception, match=message):
         prune(model, **arguments)
     assert_same(model, before)
+
+
+def test_importances_of_any_size_have_a_threshold() -> None:
+    """Without an amount, what has less than 0.05 of the largest goes."""
+    for scale in (1e-4, 1.0, 1e4):
+        model = attached(ARCHS["bert"], "scalar")
+        rows = {str(block.block.index): dict.fromkeys(KINDS, 0.06 * scale) for block in gated_blocks(model)}
+        rows["0"] |= {"lora": scale, "prefix": 0.04 * scale}
+        rows["1"] |= {"bitfit": -0.1 * scale}
+        assert [(entry.block, entry.kind) for entry in prune(model, importance=rows)] == [(1, "bitfit"), (0, "prefix")]
+
+
+def test_what_has_no_parameters_is_not_weighed() -> None:
+    model = attached(ARCHS["llama"], FixedGate(0.5), [METHODS["dilated"]])
+    for more in ({}, {"budget_params": 5}, {"keep": 1}):
+        with pytest.raises(AdapterError, match="importance has no number for any of its methods"):
+            prune(model, importance={}, **more)  # type: ignore[arg-type]
 
 
 def test_a_budget_is_met_by_what_matters_least() -> None:
@@ -234,6 +255,11 @@ def test_freezing_without_data_is_refused() -> None:
         freeze_gates(model)
     with pytest.raises(AdapterError, match=r"but got one batch. Put it in a list"):
         freeze_gates(model, ARCHS["bert"].inputs())
+    for wrong in (ARCHS["bert"].inputs()["input_ids"], [ARCHS["bert"].inputs()["input_ids"]], {"a": ["input_ids"]}):
+        with pytest.raises(
+            AdapterError, match=r"Expected batches, each of inputs by name, but got a (Tensor|str) for one"
+        ):
+            freeze_gates(model, wrong)
     with pytest.raises(AdapterError, match="No data reached the gates"):
         freeze_gates(model, [])
     with pytest.raises(Exception, match="Did you mean 'median'"):
@@ -289,8 +315,7 @@ def first_block(model: Any, batches: list[dict[str, Any]]) -> list[Tensor]:
 
 
 def staged(arch: Arch, **stages: Any) -> Any:
-    kinds = ("lora", "bottleneck", "prefix", "ia3", "bitfit", "dilated")
-    return attached(arch, FixedGate(stages={name: dict.fromkeys(kinds, 0.0) | row for name, row in stages.items()}))
+    return attached(arch, FixedGate(stages={name: dict.fromkeys(KINDS, 0.0) | row for name, row in stages.items()}))
 
 
 def test_a_fixed_gate_keeps_its_stage_when_it_is_pruned() -> None:

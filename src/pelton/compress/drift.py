@@ -14,11 +14,12 @@ import pandas as pd
 
 from pelton.compress.rows import reads_targets
 from pelton.compress.steps import adapter_of, revive
-from pelton.errors import DataError
+from pelton.errors import DataError, TrainingError
 from pelton.insight.drift import GateDrift, gate_drift
 from pelton.insight.monitor import names_of, revivable
 from pelton.tasks.files import read_table
 from pelton.tasks.load import load_task
+from pelton.training.folder import RunFolder
 from pelton.training.gate_values import gate_frame, spread
 from pelton.training.run import Run
 
@@ -35,7 +36,7 @@ def drift_run(
         pairs: The second of each pair of texts.
 
     Raises:
-        TrainingError: the folder is no finished run.
+        TrainingError: the folder is no finished run, or its recorded gates cannot be read.
         DataError: the examples are not those of the task.
         AdapterError: the run has no adapter, or its gates were always constant.
     """
@@ -48,8 +49,20 @@ def drift_run(
         known = spread(load_task(run.recipe.task, run.recipe.training.seed).some())
         reference = gate_frame(run, run.task.judged(known, run.processor))
     else:
-        reference = pd.read_parquet(run.folder.gate_values)
+        reference = _recorded(run.folder)
     return gate_drift(reference, gate_frame(run, features), pruned=names_of(tuner, pruned))
+
+
+def _recorded(folder: RunFolder) -> pd.DataFrame:
+    """Reads the gate values that a run recorded."""
+    try:
+        return pd.read_parquet(folder.gate_values)
+    except (OSError, ValueError) as error:  # pyarrow's own are of these
+        raise TrainingError(
+            f"{folder.gate_values} holds the gates that new ones are compared with, but cannot be read "
+            f"({type(error).__name__}). Copy it from where the run was trained, or write it anew by a pass over the "
+            "run, such as pelton shrink."
+        ) from error
 
 
 def _features(run: Run, data: Path | None, texts: Sequence[str], pairs: Sequence[str] | None) -> Any:

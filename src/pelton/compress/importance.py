@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pelton.compress.over import Batches, BlockValues
+from pelton.compress.over import Batches, BlockValues, inputs_of
 from pelton.compress.steps import adapter_of
 from pelton.errors import AdapterError
 from pelton.tuner.atomic import atomic
@@ -32,7 +32,7 @@ def taylor(model: nn.Module, batches: Batches, *, adapter: str | None = None) ->
         adapter: Its name; the active one when not given.
 
     Raises:
-        AdapterError: the model gives no loss, there are no batches, or the adapter is not active.
+        AdapterError: the model gives no loss, there are no batches of inputs by name, or the adapter is not active.
     """
     tuner, name = adapter_of(model, adapter)
     _require_active(tuner.active_adapters, name)
@@ -42,7 +42,7 @@ def taylor(model: nn.Module, batches: Batches, *, adapter: str | None = None) ->
     with evaluating(model), torch.enable_grad(), _leaves(blocks, name) as leaves:
         for batch in batches:
             leaves.clear()
-            inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            inputs = inputs_of(batch, device)
             loss = getattr(model(**inputs), "loss", None)
             if loss is None:
                 raise AdapterError("The model gives no loss: taylor needs batches with labels.")

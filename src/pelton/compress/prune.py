@@ -22,6 +22,7 @@ from pelton.tuner.recast import adapter_tensors
 from pelton.tuner.twin import plain_twin, twin
 
 THRESHOLD = 0.05
+"""What goes where nobody says how much: gates less open than this, or what has less than this share of the most."""
 
 
 @atomic
@@ -38,7 +39,8 @@ def prune(
 ) -> Pruned:
     """Takes the least important methods out of the blocks; `revive` brings them back.
 
-    One of four ways says how much goes; without any it is `threshold=0.05`.
+    One of four ways says how much goes. Without any, gates less open than 0.05 go; where `importance` is given, whose
+    numbers have any size, what has less than 0.05 of the largest.
 
     Args:
         model: A model with an adapter.
@@ -58,9 +60,15 @@ def prune(
     Raises:
         AdapterError: nothing would be left, a budget cannot be met, or there is no importance to go by; nothing is
             changed.
+        SpecError: an amount is no number, or too small; nothing is changed.
     """
     tuner, name = adapter_of(model, adapter)
     entries, latency = weighed(tuner, name, importance), None
+    if not entries:
+        raise AdapterError(
+            f"Nothing of adapter {name!r} can be weighed: importance has no number for any of its methods. Give one "
+            "for each, by block number and kind."
+        )
     asked = {"threshold": threshold, "keep": keep, "budget_params": budget_params, "budget_latency": budget_latency}
     given = [key for key, value in asked.items() if value is not None]
     if len(given) > 1:
@@ -76,7 +84,9 @@ def prune(
         stacks = {gated.block.index: gated.block.stack for gated in tuner.blocks()}
         gone, latency = within_latency(entries, stacks, budget_latency, measure)
     else:
-        gone = [entry for entry in entries if entry.importance < (THRESHOLD if threshold is None else threshold)]
+        least = _least(entries, importance is not None) if threshold is None else threshold
+        require(not math.isnan(least), "threshold is a number", threshold=least)
+        gone = [entry for entry in entries if entry.importance < least]
     if len(gone) == len(entries):
         highest = entries[-1].importance
         raise AdapterError(
@@ -86,6 +96,11 @@ def prune(
     if gone:
         _take(tuner, name, gone)
     return Pruned(gone, latency)
+
+
+def _least(entries: Sequence[Entry], relative: bool) -> float:
+    """Returns the threshold where none is given."""
+    return THRESHOLD * (max(0.0, entries[-1].importance) if relative else 1.0)
 
 
 def _measuring(model: nn.Module, tuner: PeltonModel, name: str, timer: Timer | None) -> Measure:

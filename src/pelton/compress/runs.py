@@ -92,7 +92,7 @@ def prune_run(
         path: The run's folder.
         by: How methods are weighed: how open their gates are, by gradients, by the score without each of them, or by
             what was noted in training (`training.contribution_window`).
-        threshold: As in `prune`.
+        threshold: As in `prune`, whose default is of gates less open than 0.05, else of 0.05 of the most important.
         keep: As in `prune`.
         budget_params: As in `prune`.
         budget_latency: As in `prune`, measured on batches of training examples.

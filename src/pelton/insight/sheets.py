@@ -78,16 +78,27 @@ def save_predictions(inputs: Sequence[Picture], predictions: Sequence[Any], fold
     if folder.is_file():
         raise TrainingError(f"{folder} is a file, but pictures need a folder. Choose another output.")
     folder.mkdir(parents=True, exist_ok=True)
-    lines, written, seen = [], [folder / "predictions.jsonl"], Counter[str]()
-    for picture, prediction in zip(inputs, predictions, strict=True):
-        seen[picture.stem] += 1
-        name = picture.stem if seen[picture.stem] == 1 else f"{picture.stem}-{seen[picture.stem]}"
+    lines, written = [], [folder / "predictions.jsonl"]
+    names = _told_apart([picture.stem for picture in inputs])
+    for name, picture, prediction in zip(names, inputs, predictions, strict=True):
         lines.append(json.dumps(as_json(prediction), ensure_ascii=False) + "\n")
         for what, colours in drawn(picture, prediction).items():
             written.append(folder / f"{name}-{what}.png")
             Image.fromarray(colours).save(written[-1])
     written[0].write_text("".join(lines), encoding="utf-8")
     return written
+
+
+def _told_apart(stems: Sequence[str]) -> list[str]:
+    """Returns a name for each stem: the first of several alike keeps it, others get a number that is free."""
+    taken, names, last = set(stems), list[str](), Counter[str]()
+    for stem in stems:
+        last[stem] += 1
+        while last[stem] > 1 and f"{stem}-{last[stem]}" in taken:
+            last[stem] += 1
+        names.append(stem if last[stem] == 1 else f"{stem}-{last[stem]}")
+        taken.add(names[-1])
+    return names
 
 
 def run_sheet(run: Run, count: int = 6) -> Image.Image:

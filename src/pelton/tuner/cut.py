@@ -6,6 +6,7 @@ closed method changes nothing; constant gates lose its value with it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,7 @@ def weighed(tuner: PeltonModel, name: str, importance: Mapping[str, Mapping[str,
             gates with stages those count at which a method is most open: no stage loses what it needs.
 
     Raises:
-        AdapterError: a method has no number.
+        AdapterError: a method has no number, or nan.
     """
     found = []
     for gated in tuner.blocks():
@@ -69,6 +70,11 @@ def weighed(tuner: PeltonModel, name: str, importance: Mapping[str, Mapping[str,
                 continue  # nothing that a gradient could tell: it stays
             else:
                 raise AdapterError(f"importance has no number for {spec.kind!r} in block {index}. Give one for each.")
+            if math.isnan(value):
+                raise AdapterError(
+                    f"The importance of {spec.kind!r} in block {index} is nan, so what matters less is unknown. Weigh "
+                    "it on data on which the loss is a number."
+                )
             found.append(Entry(index, spec.kind, value, parameters_of(gated, name, spec.kind)))
     return sorted(found, key=lambda entry: entry.importance)
 
