@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,8 @@ from pelton.training.fit import Interrupted, fit, resume
 from pelton.training.loading import load_recipe
 from pelton.tuner import gated_blocks
 from test_laws_compress import assert_same, output, tensors
+from test_running import SMALL, save_texts
+from test_running import recipe as text_recipe
 from zoo import ARCHS
 
 METHODS = (LoRA(rank=4, sites=("attn.q", "ffn.in")), Bottleneck(bottleneck_size=6), Prefix(prefix_length=5), IA3())
@@ -306,6 +309,37 @@ def test_an_interrupted_search_finds_the_same(make: Make, order: int, monkeypatc
         torch.testing.assert_close(value, weights(again.run)[name], atol=1e-6, rtol=0)
     traces = [json.loads((f.run.folder.path / "architecture.json").read_text())["trace"] for f in (whole, again)]
     assert traces[0] == traces[1]
+
+
+@pytest.mark.parametrize("phase", ["trained", "finished"])
+def test_a_search_that_ends_after_its_training_is_recovered(make: Make, phase: str) -> None:
+    whole = search(make(SEARCHED, log_every=1), SearchSettings(budget_parameters=0.3))
+    folder = whole.run.folder.path
+    told = json.loads((folder / "architecture.json").read_text())
+    with pytest.raises(TrainingError, match="is finished: there is nothing to resume"):
+        resume_search(folder)
+    for name in ("architecture.json", "architecture.yaml", "architecture.png"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "derived")
+    whole.run.folder.set_phase(phase)
+    again = resume_search(folder)
+    assert again.architecture == whole.architecture
+    assert json.loads((folder / "architecture.json").read_text()) == told
+    assert told["trace"]
+
+
+@pytest.mark.parametrize("bilevel", [False, True])
+def test_new_backbones_are_searched_as_their_config_makes_them(tmp_path: Path, bilevel: bool) -> None:
+    save_texts(tmp_path / "data")
+    adapter = {"methods": [{"kind": "lora", "rank": 2}, {"kind": "bottleneck", "bottleneck_size": 4}]}
+    config = SMALL | {"num_hidden_layers": 6}
+    recipe = text_recipe(
+        tmp_path, tmp_path / "data", adapter=adapter, backbone_config=config, training={"train_backbone": True}
+    )
+    found = search(recipe, SearchSettings(budget_parameters=0.5, bilevel=bilevel))
+    assert len(found.architecture.blocks) == 6
+    methods = [p for n, p in fit(found.recipe).model.named_parameters() if ".pelton.methods." in n]
+    assert sum(p.numel() for p in methods) == found.parameters <= 0.5 * found.full[0]
 
 
 def test_bilevel_gates_learn_from_held_out_rows_only(make: Make) -> None:

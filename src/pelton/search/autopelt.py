@@ -20,7 +20,7 @@ from pelton.errors import TrainingError
 from pelton.search.architecture import Architecture, derive
 from pelton.search.choose import within
 from pelton.search.latency_table import LatencyTable
-from pelton.search.learning import ArchitectureLearning, gates_of
+from pelton.search.learning import LEARNED, ArchitectureLearning, gates_of
 from pelton.search.picture import draw_architecture
 from pelton.search.price import Price
 from pelton.search.supernet import SearchSettings, labelled_rows, prepare_search
@@ -28,11 +28,13 @@ from pelton.tasks.load import load_task
 from pelton.training.backbone import quiet
 from pelton.training.feasible import OF_GATES
 from pelton.training.fit import fit, resume
-from pelton.training.folder import SEARCH
+from pelton.training.folder import SEARCH, RunFolder
 from pelton.training.loading import dump_recipe, parse_recipe
 from pelton.training.recipe import AdapterSettings, Recipe, TrainingSettings
 from pelton.training.run import Run
 
+ARCHITECTURE = "architecture.json"
+"""What a search found; the last thing that it writes."""
 DERIVED = "derived"
 """Where a search's run keeps the adapter that it ends with, weights included."""
 
@@ -95,7 +97,7 @@ def resume_search(path: Path | str, *, table: LatencyTable | None = None, progre
     """Goes on with a search that was interrupted, to what an uninterrupted one finds.
 
     Raises:
-        TrainingError: the folder holds no search, or the search is finished.
+        TrainingError: the folder holds no search, or the search is finished: it has an architecture.
     """
     file = Path(path) / SEARCH
     if not file.is_file():
@@ -106,7 +108,14 @@ def resume_search(path: Path | str, *, table: LatencyTable | None = None, progre
     settings = SearchSettings(**given)
     supernet, price = prepare_search(recipe, settings, table)
     learning = _learning(supernet, settings, price)
-    return _finish(resume(path, progress=progress, callbacks=[learning]), recipe, price, learning)
+    folder = RunFolder.open(Path(path))
+    if folder.phase in ("trained", "finished"):
+        learning.recall(folder.path / LEARNED)
+    if folder.phase == "finished" and not (folder.path / ARCHITECTURE).is_file():
+        run = Run.load(folder.path)
+    else:
+        run = resume(path, progress=progress, callbacks=[learning])
+    return _finish(run, recipe, price, learning)
 
 
 def _learning(supernet: Recipe, settings: SearchSettings, price: Price) -> ArchitectureLearning:
@@ -148,8 +157,8 @@ def _finish(run: Run, recipe: Recipe, price: Price, learning: ArchitectureLearni
         "metrics": metrics,
         "trace": learning.trace,
     }
-    (folder / "architecture.json").write_text(json.dumps(values, indent=1), encoding="utf-8")
     draw_architecture(architecture, choices.anatomy, folder / "architecture.png")
+    run.folder.write(ARCHITECTURE.removesuffix(".json"), values)  # the last: with it a search is over
     times = (latency, slowest) if choices.timed else (None, None)
     return Found(run, architecture, found, parameters, times[0], (most, times[1]), metrics)
 

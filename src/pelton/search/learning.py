@@ -34,6 +34,8 @@ from pelton.tuner.controls import tuners
 
 FILE = "search.json"
 """What a checkpoint holds beside the trainer's own: the multipliers and the trace."""
+LEARNED = "learned.json"
+"""The same in the folder of a run whose training is over."""
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -109,10 +111,18 @@ class ArchitectureLearning(TrainerCallback):  # type: ignore[misc]
         """Goes on where a checkpoint was."""
         path = _checkpoint(args, state) / FILE
         if state.global_step and path.is_file():
-            values = json.loads(path.read_text(encoding="utf-8"))
-            self.trace = values["trace"]
-            for name, budget in self.price.budgets.items():
-                budget.multiplier = values["multipliers"][name]
+            self.recall(path)
+
+    def recall(self, path: Path) -> None:
+        """Takes up the multipliers and the trace that were written."""
+        values = json.loads(path.read_text(encoding="utf-8"))
+        self.trace = values["trace"]
+        for name, budget in self.price.budgets.items():
+            budget.multiplier = values["multipliers"][name]
+
+    def _write(self, path: Path) -> None:
+        multipliers = {name: budget.multiplier for name, budget in self.price.budgets.items()}
+        path.write_text(json.dumps({"multipliers": multipliers, "trace": self.trace}), encoding="utf-8")
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **others: Any
@@ -164,9 +174,12 @@ class ArchitectureLearning(TrainerCallback):  # type: ignore[misc]
         """Writes what a resumed search has to know."""
         folder = _checkpoint(args, state)
         if state.is_world_process_zero and folder.is_dir():
-            multipliers = {name: budget.multiplier for name, budget in self.price.budgets.items()}
-            values = {"multipliers": multipliers, "trace": self.trace}
-            (folder / FILE).write_text(json.dumps(values), encoding="utf-8")
+            self._write(folder / FILE)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Writes it for a search that is interrupted after its training."""
+        if state.is_world_process_zero:
+            self._write(Path(str(args.output_dir)).parent / LEARNED)
 
 
 def gates_of(model: nn.Module) -> dict[int, GumbelGateModule]:

@@ -21,9 +21,10 @@ from pelton.search.learning import HeldOut
 from pelton.search.price import Price
 from pelton.search.profile import profile
 from pelton.tasks.load import load_task
-from pelton.training.backbone import adapter_config, load_plain, load_processor, load_skeleton, quiet
+from pelton.training.backbone import adapter_config, load_plain, load_skeleton, quiet
 from pelton.training.folder import count_processes
 from pelton.training.losses import make_loss
+from pelton.training.prepare import find_processor
 from pelton.training.recipe import AdapterSettings, Recipe
 from pelton.tuner.plan import fitting_methods
 
@@ -92,7 +93,7 @@ def prepare_search(
     if recipe.training.precision == "fp16":
         raise RecipeError("A search adds to gradients, which fp16 scales. Set training.precision to bf16 or fp32.")
     with quiet():
-        anatomy = find_anatomy(load_skeleton(recipe.backbone))
+        anatomy = find_anatomy(load_skeleton(recipe.backbone, recipe.backbone_config))
         methods = fitting_methods(config, anatomy)
         gate = choosing_gate(methods, settings)
         if settings.needs_times and table is None:
@@ -143,7 +144,7 @@ def _measured(
     tell: Callable[[str], None],
 ) -> LatencyTable:
     """Returns a table in which every candidate was measured on the backbone itself."""
-    model: Any = load_plain(recipe.backbone)
+    model: Any = load_plain(recipe.backbone, recipe.backbone_config)
     if torch.cuda.is_available():
         model = model.to("cuda")
     probes = [sized(spec, size) for spec in methods for size in gate.sizes.get(spec.kind, (None,))]
@@ -181,7 +182,7 @@ def labelled_rows(recipe: Recipe, split: str) -> HeldOut:
     rows = data.splits.get(split)
     if rows is None:
         return HeldOut([], dict, 1, 0)  # which says what is missing
-    processor = load_processor(recipe.backbone, data.task)
+    processor = find_processor(recipe, data)
     features = data.task.encode(rows.inputs, processor, rows.targets)
     criterion = make_loss(training.loss, data.task, rows.targets)
     collate: Any = data.task.collator(processor)

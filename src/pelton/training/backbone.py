@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -121,14 +121,21 @@ def load_trained(task: Task[Any], folder: Path, attention: str | None = None) ->
     return task.model_class.from_pretrained(folder, dtype=torch.float32, **options)
 
 
-def load_plain(backbone: str) -> PreTrainedModel:
-    """Loads the pretrained part alone, in float32 and evaluation mode."""
+def load_plain(backbone: str, values: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """Loads the pretrained part alone, or makes a new one; in float32 and evaluation mode.
+
+    Args:
+        backbone: As in a recipe.
+        values: Of a new one's config.
+    """
+    if is_new(backbone):
+        return AutoModel.from_config(new_config(backbone, values or {})).eval()
     return _load(AutoModel, backbone, dtype=torch.float32).eval()
 
 
-def load_skeleton(backbone: str) -> PreTrainedModel:
-    """Builds a model from its config alone, without memory for weights."""
-    config = new_config(backbone, {}) if is_new(backbone) else _load(AutoConfig, backbone)
+def load_skeleton(backbone: str, values: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """Builds a model from its config alone, without memory for weights; takes what `load_plain` takes."""
+    config = new_config(backbone, values or {}) if is_new(backbone) else _load(AutoConfig, backbone)
     with torch.device("meta"):
         return AutoModel.from_config(config)
 

@@ -35,7 +35,7 @@ from pelton.training.feasible import require_adapter, require_objective, require
 from pelton.training.features import require_streamable
 from pelton.training.pruning import require_prunable
 from pelton.training.recipe import Recipe, TrainingSettings
-from pelton.training.scratch import is_new, new_backbone
+from pelton.training.scratch import is_new, new_backbone, new_config
 from pelton.training.unfrozen import unfreeze
 from pelton.tuner.config import WEIGHTS
 from pelton.tuner.controls import tuners
@@ -96,6 +96,13 @@ def _backbone(recipe: Recipe, data: Loaded) -> tuple[Any, list[str], Any]:
         return model, head_modules(model) if task.new_head else [], processor
     processor = load_processor(recipe.backbone, task)
     return *load_backbone(recipe.backbone, task, processor, recipe.attention), processor
+
+
+def find_processor(recipe: Recipe, data: Loaded) -> Any:
+    """Returns the tokenizer or image processor of a recipe's backbone."""
+    if is_new(recipe.backbone):
+        return data.task.make_processor(new_config(recipe.backbone, recipe.backbone_config), _examples(data))
+    return load_processor(recipe.backbone, data.task)
 
 
 def initialize(prepared: Prepared) -> None:
