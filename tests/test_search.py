@@ -74,6 +74,7 @@ def test_a_trial_draws_every_kind_of_value() -> None:
     ("value", "message"),
     [
         ({"low": 1}, "expected numbers as in"),
+        ({"low": 0.1, "high": float("inf")}, "expected numbers as in"),
         ({"low": 2, "high": 1}, "`low < high` must hold, but got (low=2, high=1)"),
         ({"low": 0, "high": 1, "log": True}, "`low > 0` must hold where log is true"),
         ({"low": 1, "high": 2, "logg": True}, "has a key 'logg'. Did you mean 'log'?"),

@@ -170,6 +170,8 @@ def _show(table: LatencyTable, shapes: list[tuple[int, int]]) -> None:
     console = Console(width=max(100, Console().width))
     console.print(grid)
     errors = [abs(error) for error in table.errors()]
+    if not errors:
+        return
     mean = sum(errors) / len(errors)
     console.print(
         f"\nWhat was not measured is estimated from its FLOPs; each measurement predicted from the others is off by "

@@ -78,7 +78,8 @@ def search(
         study = Study.open(resume, storage=storage)
     else:
         plan = _plan(str(recipe), overrides or [], space, objectives, stopping, Budget(budget_params, budget_latency))
-        study = Study.start((output or Path("studies")) / (name or plan.recipe.name), plan, storage=storage)
+        called = name or plan.recipe.name
+        study = Study.start((output or Path("studies")) / called, plan, name=called, storage=storage)
         for note in plan.remarks:
             print(f"· {note}", file=sys.stderr)
     if trials is None and time is None and study.wanted is None:

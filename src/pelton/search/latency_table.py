@@ -109,8 +109,8 @@ class LatencyTable:
         )
 
     def errors(self) -> list[float]:
-        """Returns the model's error for each entry, fitted without it: a difference of ratios."""
-        return leave_one_out_errors(*self._columns)
+        """Returns the model's error for each entry, fitted without it: a difference of ratios; none for too few."""
+        return leave_one_out_errors(*self._columns) if len(self.entries) > FEWEST else []
 
     def measured(self, spec: MethodSpec, rows: int, tokens: int) -> Entry | None:
         """Returns the entry of a method at a shape, if there is one."""

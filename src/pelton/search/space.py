@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -193,7 +194,7 @@ def _dimension(name: str, value: Mapping[str, Any]) -> Dimension | None:
 
 def _range(name: str, value: Mapping[str, Any]) -> Range:
     low, high, log = value.get("low"), value.get("high"), value.get("log", False)
-    numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in (low, high))
+    numbers = all(isinstance(end, int | float) and not isinstance(end, bool) and isfinite(end) for end in (low, high))
     if low is None or high is None or not numbers or not isinstance(log, bool):
         raise StudyError(f"{name}: expected numbers as in {{low: 1.0e-4, high: 1.0e-2, log: true}}, but got {value!r}.")
     if low >= high:
