@@ -209,9 +209,9 @@ def _run(flat: _Flat, file: Path, batch: Inputs) -> list[Tensor]:
 
 
 def _real(name: str, output: Tensor, batch: Inputs) -> Tensor:
-    """Returns where an output is no padding: [B, T] under its mask, else [B]; what a model says there is its own."""
+    """Returns where an output is no padding: [B, T] of what has values for each token, else [B]."""
     decoder = DECODER in batch and not name.startswith("encoder_")
     mask = batch.get("decoder_attention_mask" if decoder else "attention_mask")
-    if mask is None or mask.ndim != 2 or output.shape[:2] != mask.shape or not mask.any():
+    if mask is None or output.ndim != 3 or output.shape[:2] != mask.shape or not mask.any():
         return torch.ones(output.shape[:1], dtype=torch.bool)
     return mask.cpu().bool()
