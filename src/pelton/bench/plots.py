@@ -12,6 +12,8 @@ from pelton.bench.grid import Grid
 from pelton.bench.statistics import complete, over_tasks
 
 CANDIDATE = "pelton"
+REDS = (6, 7)
+"""Of matplotlib's twenty colours, those like the candidate's."""
 FEWEST_SPOKES = 3
 
 
@@ -92,7 +94,8 @@ def _figure(width: float, height: float, polar: bool = False) -> tuple[Any, Any]
 def _colour(grid: Grid, method: str) -> Any:
     from matplotlib import colormaps
 
-    return "#c1272d" if method == CANDIDATE else colormaps["tab20"](grid.methods.index(method) % 20)
+    others = [shade for shade in range(20) if shade not in REDS]
+    return "#c1272d" if method == CANDIDATE else colormaps["tab20"](others[grid.methods.index(method) % len(others)])
 
 
 def _save(figure: Any, path: Path) -> Path:

@@ -19,6 +19,7 @@ from pelton.methods import LoRA
 from pelton.methods.base import LINEAR_SITES
 from pelton.registry import Spec
 from pelton.tasks.glue import GLUE, HUB
+from pelton.tasks.settings import TextSettings
 from pelton.training.backbone import adapter_config
 from pelton.training.loading import parse_recipe
 from pelton.training.optimizer import GATE_SHARE
@@ -72,10 +73,11 @@ METHODS: dict[str, Method] = {
 EQUAL = "lora-all-equal"
 """LoRA on every linear site, its rank such that it trains as many parameters as `pelton`."""
 
+USUAL: int = TextSettings.model_fields["max_length"].default
 MEAN_HEAD = {"head": "mean", "head_init": "class_means"}
 TASKS: dict[str, dict[str, Any]] = {
-    **{name: {"kind": "glue", "name": name, "max_length": 128, **MEAN_HEAD} for name in GLUE},
-    "conll2003": {"kind": "token-classification", "max_length": 128},
+    **{name: {"kind": "glue", "name": name, "max_length": USUAL, **MEAN_HEAD} for name in GLUE},
+    "conll2003": {"kind": "token-classification", "max_length": USUAL},
     "banking77": {"kind": "text-classification", "max_length": 64, **MEAN_HEAD},
 }
 ELSEWHERE = {**dict.fromkeys(GLUE, HUB), "banking77": "pelton:banking77"}
@@ -197,6 +199,8 @@ class Protocol:
 
     def _task(self, cell: Cell) -> dict[str, Any]:
         settings = {**TASKS[cell.task], "examples": cell.examples, "validation_examples": HELD_BACK, "train": "train"}
+        if settings["max_length"] == USUAL:
+            settings.pop("max_length")  # is less for backbones with fewer positions
         if settings.get("name") == "stsb":
             settings.pop("head_init")
         place = ELSEWHERE.get(cell.task) if self.data is None else str(Path(self.data).expanduser() / cell.task)
