@@ -119,3 +119,22 @@ def test_nothing_is_said_of_nothing_and_of_what_has_no_tokens(runs: dict[str, Pa
     assert len(run.predict([("good",)])) == 1
     with pytest.raises(DataError, match="Input 2 has no tokens: it is empty, or the tokenizer knows nothing in it"):
         run.predict([("good",), ("",)])
+
+
+def test_typed_texts_of_every_kind_are_looked_at() -> None:
+    from pelton.tasks.answers import AnswerSettings, QuestionAnswering
+    from pelton.tasks.labels import Labels
+    from pelton.tasks.running import RunningText, RunningTextSettings
+    from pelton.tasks.tokens import TokenClassification, TokenSettings
+
+    tags = TokenClassification(TokenSettings(data="d"), Labels(("O", "B-X"), ids=False))
+    questions = QuestionAnswering(AnswerSettings(data="d"))
+    for make in (
+        lambda text: tags.from_texts([text], None),
+        lambda text: questions.from_texts([text], ["context"]),
+        lambda text: questions.from_texts(["question"], [text]),
+        lambda text: RunningText(RunningTextSettings(data="d")).from_texts([text], None),
+    ):
+        with pytest.raises(DataError, match=r"Text 1 is empty. Leave it out or fill it in"):
+            make("  ")
+        assert len(make("a b")) == 1

@@ -41,6 +41,17 @@ def test_reviving_onto_another_adapter_is_refused(tmp_path: Path) -> None:
 KINDS = ("lora", "bottleneck", "prefix", "ia3", "bitfit")
 
 
+def test_what_comes_back_is_off_where_its_method_is_off() -> None:
+    arch = ARCHS["bert"]
+    model = attached(arch, "scalar", [METHODS["lora"], METHODS["bottleneck"]])
+    set_methods(model, lora=False)
+    off = output(arch, model)
+    prune(model, keep=2, importance={"0": {"lora": 0.0, "bottleneck": 0.0}, "1": {"lora": 1.0, "bottleneck": 1.0}})
+    assert len(gated_blocks(model)) == 1
+    revive(model)
+    assert torch.equal(output(arch, model), off)
+
+
 def test_runs_of_different_backbones_are_not_combined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from types import SimpleNamespace
 

@@ -34,7 +34,10 @@ def prune(
             help="What methods are weighed by: open gates, gradients, the score without, or training's notes."
         ),
     ] = "taylor",
-    threshold: Annotated[float | None, typer.Option(help="What weighs less goes; 0.05 if nothing is said.")] = None,
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="What weighs less goes; if nothing is said 0.05, of importances 0.05 of the largest."),
+    ] = None,
     keep: Annotated[int | None, typer.Option(min=1, help="So many methods stay, over all blocks.")] = None,
     budget_params: Annotated[int | None, typer.Option(min=1, help="So many parameters of methods may stay.")] = None,
     budget_latency: Annotated[

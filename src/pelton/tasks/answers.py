@@ -20,6 +20,7 @@ from pelton.tasks.settings import TaskSettings
 from pelton.tasks.spans import Window, best_spans, null_score
 from pelton.tasks.squad import squad_metrics
 from pelton.tasks.tables import Table
+from pelton.tasks.texts import require_texts
 from pelton.tasks.windows import OWN, Cut, encode_windows, require_room
 
 QUESTIONS = ("question", "query")
@@ -169,7 +170,8 @@ class QuestionAnswering(Task[AnswerSettings]):
         """Takes a text as the question and its pair as the context."""
         if pairs is None:
             raise DataError("A question needs a context to be answered from: give one --pair for each --text.")
-        return [Question(*both, str(row)) for row, both in enumerate(zip(texts, pairs, strict=True), 1)]
+        both = zip(require_texts(texts), require_texts(pairs), strict=True)
+        return [Question(*one, str(row)) for row, one in enumerate(both, 1)]
 
     def strata(self, examples: Examples) -> list[Hashable]:
         """Returns whether a question has an answer."""

@@ -18,7 +18,7 @@ from pelton.tasks.decoding import Answer, Judged, Prompts, answer, collate, judg
 from pelton.tasks.positions import require_positions
 from pelton.tasks.settings import Count, TaskSettings
 from pelton.tasks.tables import Table
-from pelton.tasks.texts import check_texts
+from pelton.tasks.texts import check_texts, require_texts
 from pelton.tasks.vocabulary import UNKNOWN, Kind, learn_tokenizer, require_same
 
 TEXT = "text"
@@ -152,7 +152,7 @@ class RunningText(Task[RunningTextSettings]):
         """Takes texts to go on with as they were typed."""
         if pairs is not None:
             raise DataError("This task goes on with one text, without a second: leave --pair out.")
-        return list(texts)
+        return require_texts(texts)
 
     def require_splits(self, splits: Mapping[str, Examples]) -> None:
         """Raises DataError where validation rows were to be held back of a text that is one row."""

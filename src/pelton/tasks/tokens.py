@@ -18,6 +18,7 @@ from pelton.tasks.metrics import cross_entropy, tag_metrics
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.tables import Table
 from pelton.tasks.tags import OUTSIDE, check_tags, find_tags
+from pelton.tasks.texts import require_texts
 
 WORDS = ("tokens", "words", "text")
 TAGS = ("ner_tags", "tags", "labels", "pos_tags")
@@ -134,7 +135,7 @@ class TokenClassification(Task[TokenSettings]):
         """Cuts texts at their spaces."""
         if pairs is not None:
             raise DataError("Token classification reads one text an example: leave --pair out.")
-        return [tuple(text.split()) for text in texts]
+        return [tuple(text.split()) for text in require_texts(texts)]
 
     def strata(self, examples: Examples) -> list[Hashable]:
         """Returns whether a sentence has more than one kind of tag: entities are rare."""

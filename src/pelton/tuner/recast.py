@@ -106,6 +106,7 @@ def _new_block(tuner: PeltonModel, plan: BlockPlan) -> GatedBlock:
     gated = GatedBlock(plan.block)
     gated._active_adapter = list(tuner.active_adapters)
     gated._disable_adapters = any(block._disable_adapters for block in tuner.blocks())
+    gated.off = frozenset().union(*(block.off for block in tuner.blocks()))
     gated.train(tuner.training)
     return gated
 
