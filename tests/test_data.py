@@ -328,6 +328,18 @@ def test_rows_are_not_tested_on_that_were_learned_or_chosen_by(tmp_path: Path) -
     assert any("is tested on, so validation rows are held back from training" in note for note in loaded.notes)
 
 
+def test_a_test_split_that_nobody_named_gives_way(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        write_jsonl(tmp_path / f"{split}.jsonl", [{"text": f"{split} {i}", "label": "ab"[i % 2]} for i in range(20)])
+    loaded = load_task(task(tmp_path, validation="test"), seed=0)
+    assert {split: len(rows) for split, rows in loaded.splits.items()} == {"train": 20, "validation": 20}
+
+
+def test_unnamed_columns_are_let_be(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,label,,\na,x,,\nc,y,,\n")
+    assert load_splits(task(tmp_path))["train"].columns["label"] == ["x", "y"]
+
+
 def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
     (tmp_path / "train.csv").write_text("text,label,text\na,x,b\nc,y,d\n")
     with pytest.raises(DataError, match="line 1: more than one column is named 'text'"):

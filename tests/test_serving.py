@@ -181,3 +181,15 @@ def test_auto_model_reads_an_adapters_folder(tmp_path: Path) -> None:
         expected = model.eval()(input_ids=ids).last_hidden_state
         found = AutoModel.from_pretrained(tmp_path / "adapter").eval()(input_ids=ids).last_hidden_state
     torch.testing.assert_close(found, expected)
+
+
+def test_parts_of_a_block_may_be_compiled() -> None:
+    for part in ("mlp", "self_attn"):
+        model = with_two("llama")
+        ids = torch.randint(5, 90, (2, 6))
+        expected = logits(model, ids)
+        for name, module in model.named_modules():
+            if name.endswith(f".{part}"):
+                module.compile(backend="eager")
+        torch.testing.assert_close(logits(model, ids), expected)
+        assert all(not block.flows._by_thread for block in model.base_model.blocks())

@@ -219,6 +219,11 @@ REFUSED = {
         dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, intermediate_size=40),
         "No transformer blocks are known in FNetModel",
     ),
+    "luke": (
+        "Luke",
+        TEXT | dict(entity_vocab_size=20, entity_emb_size=16),
+        "its layers see other tokens than its attention's input has",
+    ),
     "mamba": ("Mamba", dict(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2), "No transformer blocks are known"),
 }
 """What nothing can be attached to, and what is said."""

@@ -125,7 +125,7 @@ def check_types(owner: Any) -> None:
         if typing.get_origin(hint) is Literal and value not in typing.get_args(hint):
             raise unknown(field.name, value, typing.get_args(hint))
         plain = _plain(value, hint)
-        if not _fits(plain, hint):
+        if value is not field.default and not _fits(plain, hint):
             raise _mistyped(field, value, hint)
         if plain is not value:
             object.__setattr__(owner, field.name, plain)

@@ -132,6 +132,10 @@ ROWS: dict[str, Row] = {
     "deberta": _like_default({r"(attention\.)?self\.in_proj": ()}),
     "mobilebert": _like_default(attn_out=r"attention\.output\.dense"),
     **dict.fromkeys(_CAUSAL_TEXT, dataclasses.replace(DEFAULT, causal=True)),
+    **dict.fromkeys(
+        ("canine", "luke", "lxmert"),
+        _static("its layers see other tokens than its attention's input has", padding=None),
+    ),
     "longt5": _static("its layers see global tokens beside the others", "TransientGlobal", padding=None),
     "pegasus_x": _static("its layers see global tokens beside the others", "GlobalLocal", padding=None),
     **dict.fromkeys(("longformer", "led", "fsmt"), _static("its layers see tokens before examples, [T, B, D]")),

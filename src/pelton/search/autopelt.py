@@ -20,7 +20,7 @@ from pelton.errors import TrainingError
 from pelton.search.architecture import Architecture, derive
 from pelton.search.choose import within
 from pelton.search.latency_table import LatencyTable
-from pelton.search.learning import LEARNED, ArchitectureLearning, gates_of
+from pelton.search.learning import FILE, LEARNED, ArchitectureLearning, gates_of
 from pelton.search.picture import draw_architecture
 from pelton.search.price import Price
 from pelton.search.supernet import SearchSettings, labelled_rows, prepare_search
@@ -109,13 +109,24 @@ def resume_search(path: Path | str, *, table: LatencyTable | None = None, progre
     supernet, price = prepare_search(recipe, settings, table)
     learning = _learning(supernet, settings, price)
     folder = RunFolder.open(Path(path))
-    if folder.phase in ("trained", "finished"):
-        learning.recall(folder.path / LEARNED)
-    if folder.phase == "finished" and not (folder.path / ARCHITECTURE).is_file():
+    over = folder.phase == "finished" and (folder.path / ARCHITECTURE).is_file()
+    if folder.phase in ("trained", "finished") and not over:
+        learning.recall(_learned(folder))
+    if folder.phase == "finished" and not over:
         run = Run.load(folder.path)
     else:
         run = resume(path, progress=progress, callbacks=[learning])
     return _finish(run, recipe, price, learning)
+
+
+def _learned(folder: RunFolder) -> Path:
+    """Returns what a search whose training is over noted, or else its last checkpoint."""
+    checkpoint = folder.last_checkpoint()
+    files = [folder.path / LEARNED, *([] if checkpoint is None else [checkpoint / FILE])]
+    for file in files:
+        if file.is_file():
+            return file
+    raise TrainingError(f"{folder.path} does not say what its search learned: there is no {LEARNED}. Search anew.")
 
 
 def _learning(supernet: Recipe, settings: SearchSettings, price: Price) -> ArchitectureLearning:

@@ -138,7 +138,9 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def _require_different(path: Path, header: list[str]) -> None:
-    twice = [name for name in dict.fromkeys(header) if header.count(name) > 1]
+    twice = [
+        name for name in dict.fromkeys(header) if name and header.count(name) > 1
+    ]  # spreadsheets end in unnamed ones
     if twice:
         raise DataError(f"{path}, line 1: more than one column is named {twice[0]!r}. Rename or remove one.")
 

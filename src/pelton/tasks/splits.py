@@ -53,8 +53,15 @@ def load_splits(settings: TaskSettings) -> dict[str, Table]:
 
 
 def _apart(tables: dict[str, Table], settings: TaskSettings) -> dict[str, Table]:
-    """Refuses to test on rows that are trained on or chosen by; validation that is found to be either is held back."""
+    """Refuses to test on rows that are trained on or chosen by; validation that is found to be either is held back.
+
+    A test split that nobody named gives way to the others.
+    """
     places = {split: table.name for split, table in tables.items()}
+    named = [places.get("train"), places.get("validation") if settings.validation is not None else None]
+    if settings.test is None and places.get("test") in named:
+        tables = {split: table for split, table in tables.items() if split != "test"}
+        places.pop("test", None)
     test = places.get("test")
     if test is not None and test == places.get("train"):
         raise DataError(

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+COMPILED = 0
+"""Stands for the thread in compiled graphs."""
+
 
 @dataclasses.dataclass
 class Flow:
@@ -57,12 +60,19 @@ class Flows:
         return flow
 
     def here(self) -> Flow | None:
-        """Returns what this thread's forward keeps; None outside of one."""
-        return self._by_thread.get(this_thread())
+        """Returns what this thread's forward keeps; None outside of one.
+
+        Where a part of a block is compiled and the rest is not, one of them opened the flow and the other reads it.
+        """
+        flow = self._by_thread.get(this_thread(), self._by_thread.get(COMPILED))
+        if flow is None and torch.compiler.is_compiling():
+            return next(iter(self._by_thread.values()), None)
+        return flow
 
     def close(self, thread: int | None = None) -> None:
         """Forgets the forward of a thread, or of this one."""
         self._by_thread.pop(this_thread() if thread is None else thread, None)
+        self._by_thread.pop(COMPILED, None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leaves the tensors of a forward out of copies and pickles."""
@@ -71,7 +81,7 @@ class Flows:
 
 def this_thread() -> int:
     """Returns the thread's number; a compiled graph is traced as if there were one only."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
+    return COMPILED if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def fit(gate: Tensor, y: Tensor, windowed: bool) -> Tensor:
