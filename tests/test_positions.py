@@ -12,6 +12,10 @@ from transformers import (
     BartModel,
     DebertaV2Config,
     DebertaV2Model,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
     RobertaConfig,
     RobertaModel,
     T5Config,
@@ -20,8 +24,9 @@ from transformers import (
 
 from fits import Make
 from pelton.errors import DataError
-from pelton.tasks.classification import ClassificationSettings
-from pelton.tasks.positions import room
+from pelton.tasks.classification import ClassificationSettings, TextClassification
+from pelton.tasks.labels import Labels
+from pelton.tasks.positions import room, within
 from pelton.tasks.texts import tokenise
 from pelton.training.fit import fit
 from pelton.training.loading import parse_recipe
@@ -83,3 +88,19 @@ def test_one_text_of_a_pair_is_cut_and_both_where_it_must_be(tmp_path: Path, sho
     assert sum(counts[3]) == 7
     few = tokenise([("good good good", "bad bad bad bad bad")], tokenizer, settings)["input_ids"][0]
     assert (few.count(good), few.count(bad)) == {"longest": (3, 4), "first": (2, 5), "second": (3, 4)}[shorten]
+
+
+def test_computed_positions_go_on_where_training_ended() -> None:
+    settings = ClassificationSettings(data="d", max_length=40)
+    task = TextClassification(settings, Labels(("a", "b"), ids=False))
+    small = {key: value for key, value in SMALL.items() if key != "vocab_size"}
+    rotary = LlamaModel(LlamaConfig(vocab_size=20, max_position_embeddings=32, **small))
+    assert within(task, rotary) is task
+    usual = TextClassification(ClassificationSettings(data="d"), task.labels)
+    assert within(usual, rotary).settings.max_length == 32
+    for learned in (
+        RobertaModel(RobertaConfig(max_position_embeddings=34, pad_token_id=1, **SMALL)),
+        GPT2Model(GPT2Config(vocab_size=20, n_positions=32, n_embd=8, n_layer=1, n_head=2)),
+    ):
+        with pytest.raises(DataError, match=r"task.max_length is 40, but the backbone has 32 positions"):
+            within(task, learned)

@@ -38,9 +38,10 @@ def _bars(grid: Grid, part: pd.DataFrame, size: int, path: Path) -> Path:
     figure, axes = _figure(7.0, 0.4 * len(summary) + 1.2)
     colours = [_colour(grid, name) for name in summary.index]
     axes.barh(summary.index, summary["mean"], xerr=summary["std"], color=colours, capsize=3)
-    for place, mean in enumerate(summary["mean"]):
-        axes.text(mean, place, f" {mean:.1f} ", va="center", ha="right", color="white", fontsize=9)
-    axes.set_xlim(left=max(0.0, float(summary["mean"].min()) - 10.0))
+    left = max(0.0, float(summary["mean"].min()) - 10.0)
+    for place, mean in enumerate(summary["mean"]):  # where no line of a deviation runs through it
+        axes.text(left, place, f" {mean:.1f}", va="center", ha="left", color="white", fontsize=9)
+    axes.set_xlim(left=left)
     axes.set_xlabel(f"mean score over {part['task'].nunique()} tasks, {size} examples")
     return _save(figure, path)
 

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pelton.compress.over import Batches, BlockValues, inputs_of
+from pelton.compress.over import Batches, BlockValues
 from pelton.compress.steps import adapter_of
 from pelton.errors import AdapterError
 from pelton.tuner.atomic import atomic
+from pelton.tuner.batches import inputs_of
 from pelton.tuner.block import GatedBlock, gate_of
 from pelton.tuner.controls import evaluating
 

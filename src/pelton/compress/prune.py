@@ -69,10 +69,7 @@ def prune(
             f"Nothing of adapter {name!r} can be weighed: importance has no number for any of its methods. Give one "
             "for each, by block number and kind."
         )
-    asked = {"threshold": threshold, "keep": keep, "budget_params": budget_params, "budget_latency": budget_latency}
-    given = [key for key, value in asked.items() if value is not None]
-    if len(given) > 1:
-        raise AdapterError(f"{' and '.join(given)} exclude each other: say in one way how much is to go.")
+    _require_one(threshold=threshold, keep=keep, budget_params=budget_params, budget_latency=budget_latency)
     if keep is not None:
         require(keep > 0, "keep > 0", keep=keep)
         gone = entries[: max(0, len(entries) - keep)]
@@ -88,14 +85,19 @@ def prune(
         require(not math.isnan(least), "threshold is a number", threshold=least)
         gone = [entry for entry in entries if entry.importance < least]
     if len(gone) == len(entries):
-        highest = entries[-1].importance
         raise AdapterError(
             f"Nothing would be left of adapter {name!r}: the most important of its {len(entries)} methods has "
-            f"{highest:.3g}. Lower the threshold below that, or take the adapter off with unload()."
+            f"{entries[-1].importance:.3g}. Lower the threshold below that, or take the adapter off with unload()."
         )
     if gone:
         _take(tuner, name, gone)
     return Pruned(gone, latency)
+
+
+def _require_one(**asked: float | None) -> None:
+    given = [key for key, value in asked.items() if value is not None]
+    if len(given) > 1:
+        raise AdapterError(f"{' and '.join(given)} exclude each other: say in one way how much is to go.")
 
 
 def _least(entries: Sequence[Entry], relative: bool) -> float:

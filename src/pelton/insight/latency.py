@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pelton.registry import require
+from pelton.tuner.batches import inputs_of
 
 Clock = Callable[[], float]
 """Gives the time in seconds, from any start."""
@@ -116,7 +117,7 @@ class Stopwatch:
         """Compares each model with `plain`, in evaluation mode and without gradients; modes come back."""
         device = next(plain.parameters()).device
         cached = getattr(getattr(plain, "config", None), "use_cache", None)
-        inputs = [_placed(batch, device) | ({"use_cache": False} if cached else {}) for batch in self.batches]
+        inputs = [inputs_of(batch, device) | ({"use_cache": False} if cached else {}) for batch in self.batches]
         everyone = [*models, plain]
         modes = {module: module.training for model in everyone for module in model.modules()}
 
@@ -142,7 +143,3 @@ class Stopwatch:
             for module, mode in modes.items():
                 module.training = mode
         return [Ratio.of(seconds, reference) for seconds in ours]
-
-
-def _placed(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}

@@ -30,6 +30,7 @@ from pelton.gates.gumbel import GumbelGateModule
 from pelton.search.architecture import choosing_gates
 from pelton.search.price import Price
 from pelton.search.unrolled import unrolled_gradients
+from pelton.tuner.batches import inputs_of
 from pelton.tuner.controls import tuners
 
 FILE = "search.json"
@@ -76,7 +77,7 @@ class HeldOut:
     def loss(self, model: nn.Module, step: int) -> Tensor:
         """Runs a model, in the mode that it is in, on the batch of a step."""
         device = next(model.parameters()).device
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.batch(step).items()}
+        batch = inputs_of(self.batch(step), device)
         outputs = model(**batch)
         if self.criterion is not None:
             return self.criterion(outputs["logits"], batch["labels"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -12,6 +13,8 @@ from pelton.tasks.base import Task
 from pelton.tasks.settings import TextSettings
 from pelton.tasks.tokens import TokenSettings
 
+PADDING = 4
+"""Rows of a table of positions, at most, that are no positions: OPT and BART leave out two, RoBERTa the padding's."""
 TaskT = TypeVar("TaskT", bound=Task[Any])
 
 
@@ -37,12 +40,22 @@ def require_positions(model: Any, key: str, length: int | None, more: str = "") 
 def within(task: TaskT, model: Any) -> TaskT:
     """Returns a task that cuts its texts where the backbone's positions end, if not before.
 
+    Where positions are computed, such as rotary ones, a recipe may ask for more than the backbone was trained on.
+
     Raises:
-        DataError: the recipe itself asks for a larger `max_length`.
+        DataError: the recipe itself asks for a larger `max_length` than there are learned positions.
     """
     settings, limit = task.settings, room(model)
     if not isinstance(settings, TextSettings | TokenSettings) or limit is None or settings.max_length <= limit:
         return task
     if "max_length" in settings.model_fields_set:
-        require_positions(model, "max_length", settings.max_length)
+        if _tabled(model, limit):
+            require_positions(model, "max_length", settings.max_length)
+        return task
     return replace(task, settings=settings.model_copy(update={"max_length": limit}))
+
+
+def _tabled(model: Any, limit: int) -> bool:
+    """Tells whether positions are looked up in a table, which ends."""
+    tables = [m for name, m in model.named_modules() if isinstance(m, nn.Embedding) and re.search("pos|wpe", name)]
+    return any(limit <= table.num_embeddings <= limit + PADDING for table in tables)

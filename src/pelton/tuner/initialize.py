@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from pelton.errors import AdapterError
 from pelton.methods.bottleneck import BottleneckPart
 from pelton.methods.lora import LoRAPart
+from pelton.tuner.batches import inputs_of
 from pelton.tuner.block import GatedBlock
 from pelton.tuner.controls import evaluating, tuners
 from pelton.tuner.model import PeltonModel
@@ -207,7 +208,7 @@ def _watching(tuner: PeltonModel, sketches: Iterable[_Sketch]) -> Iterator[None]
 def _look(model: nn.Module, batch: Mapping[str, Any], sketches: list[_Sketch]) -> int:
     """Runs one batch forward and backward; returns how many examples it has."""
     device = next(model.parameters()).device
-    inputs = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    inputs = inputs_of(batch, device)
     loss = getattr(model(**inputs), "loss", None)
     if loss is None:
         raise AdapterError("The model gives no loss: initialize_from_gradients needs batches with labels.")
