@@ -319,6 +319,7 @@ def test_the_command_prints_tables_and_json(data: Path, capsys: pytest.CaptureFi
     [
         (["broken.jsonl"], "broken.jsonl, line 2: malformed JSON"),
         (["nothing.jsonl"], "nothing.jsonl does not exist"),
+        (["/nothing/at/all"], "/nothing/at/all does not exist"),
         (["mrpcc"], "Unknown recipe 'mrpcc'. Did you mean 'mrpc'?"),
         (["good", "--set", "label_column=x"], "An override of data looks like task.label_column=topic"),
         (["good", "--set", "task.train=["], "The value of 'task.train=[' is not YAML"),

@@ -40,7 +40,7 @@ def _bars(grid: Grid, part: pd.DataFrame, size: int, path: Path) -> Path:
     axes.barh(summary.index, summary["mean"], xerr=summary["std"], color=colours, capsize=3)
     left = max(0.0, float(summary["mean"].min()) - 10.0)
     for place, mean in enumerate(summary["mean"]):  # where no line of a deviation runs through it
-        axes.text(left, place, f" {mean:.1f}", va="center", ha="left", color="white", fontsize=9)
+        axes.text(left, place, f" {mean:.1f}", va="center", ha="left", fontsize=9)
     axes.set_xlim(left=left)
     axes.set_xlabel(f"mean score over {part['task'].nunique()} tasks, {size} examples")
     return _save(figure, path)

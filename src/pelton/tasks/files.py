@@ -28,10 +28,10 @@ def read_table(path: Path) -> Table:
         DataError: the file is missing, of another kind, or broken; the message names the line and column.
     """
     reader = _read_pictures if holds_folders(path) else READERS.get(extension(path))
-    if reader is None:
-        raise DataError(f"{path} is of no kind that can be read. Known: {', '.join(READERS)}.")
-    if not (path.is_file() or holds_folders(path)):
+    if not path.exists():
         raise DataError(f"{path} does not exist.")
+    if reader is None or not (path.is_file() or holds_folders(path)):
+        raise DataError(f"{path} is of no kind that can be read. Known: {', '.join(READERS)}.")
     with _whole(path):
         return reader(path)
 
