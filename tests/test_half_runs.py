@@ -12,10 +12,12 @@ from transformers import AutoTokenizer
 from fits import GATED
 from pelton.cli.main import run as command
 from pelton.errors import DataError, TrainingError
+from pelton.insight.gates import gate_table
 from pelton.tasks.causal import CausalLM
 from pelton.tasks.causal_settings import CausalSettings
 from pelton.tasks.seq2seq import Seq2SeqSettings, SequenceToSequence
 from pelton.training.fit import fit
+from pelton.training.folder import RunFolder
 from pelton.training.loading import parse_recipe
 from pelton.training.run import Run
 from tiny import recipe_values, save_backbone, save_data
@@ -78,6 +80,30 @@ def test_a_run_that_was_copied_in_part_says_what_is_missing(
         Run.load(copy)
     assert command(["predict", str(copy), "--text", "good"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "[1]", '[{"block": "0"}]', '[{"blo'])
+def test_a_broken_table_of_gates_is_said(
+    text: str, runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(runs["adapter"], tmp_path / "run"))
+    (copy / "gates.json").write_text(text)
+    with pytest.raises(TrainingError, match=r"gates\.json"):
+        gate_table(copy)
+    assert command(["gates", str(copy)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_checkpoint_that_was_not_written_to_its_end_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("")
+    folder = RunFolder.open(tmp_path)
+    for step, state in ((5, "{}"), (10, '{"global_step": 10}'), (15, '{"global_st'), (20, "")):
+        place = folder.checkpoints / f"checkpoint-{step}"
+        place.mkdir(parents=True)
+        (place / "trainer_state.json").write_text(state)
+    newest = folder.last_checkpoint()
+    assert newest is not None
+    assert newest.name == "checkpoint-10"
 
 
 @pytest.mark.parametrize(

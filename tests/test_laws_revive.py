@@ -4,6 +4,7 @@ different backbones do not mix.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ import pytest
 import torch
 from peft import PeftModel
 
+from fits import GATED
 from law import METHODS, attached, wake
 from pelton import FixedGate, ScalarGate, fold, prune, revive, set_methods, unfold
 from pelton.compress.together import combine_runs
 from pelton.errors import AdapterError
+from pelton.training.fit import fit
+from pelton.training.loading import parse_recipe
 from pelton.tuner import gated_blocks
 from test_laws_compress import assert_same, output, tensors
+from tiny import recipe_values, save_backbone, save_data, sentences, write_jsonl
 from zoo import ARCHS, Arch
 
 
@@ -64,6 +69,22 @@ def test_runs_of_different_backbones_are_not_combined(tmp_path: Path, monkeypatc
     with pytest.raises(AdapterError, match=r"different backbones: backbone-one, backbone-two. Combine equal ones"):
         combine_runs([tmp_path / "one", tmp_path / "two"], tmp_path / "both")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_runs_that_learned_other_numbers_are_not_combined(tmp_path: Path) -> None:
+    rows = [{"text": row["text"], "label": number % 5} for number, row in enumerate(sentences(24))]
+    write_jsonl(save_data(tmp_path / "data", validation=0, test=0) / "train.jsonl", rows)
+    task = {"kind": "text-regression", "data": str(tmp_path / "data")}
+    values = recipe_values(save_backbone(tmp_path / "backbone"), tmp_path / "data", tmp_path / "runs", epochs=1)
+    first = fit(parse_recipe({**values, "task": task, "adapter": GATED}, "test")).folder.path
+    like, other = (Path(shutil.copytree(first, tmp_path / name)) for name in ("like", "other"))
+    stored = json.loads((first / "task.json").read_text())
+    (like / "task.json").write_text(json.dumps({**stored, "mean": stored["mean"] + 0.1 * stored["deviation"]}))
+    (other / "task.json").write_text(json.dumps({**stored, "deviation": 20 * stored["deviation"]}))
+    with pytest.raises(AdapterError, match=r"other .*: the mean of their heads would say nothing.*the same numbers"):
+        combine_runs([first, other], tmp_path / "both")
+    assert not (tmp_path / "both").exists()
+    combine_runs([first, like], tmp_path / "both")
 
 
 # ---- what was trained while a part was folded --------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pelton.compress.runs import judged_split, require_new
 from pelton.errors import AdapterError
 from pelton.tasks.base import Task
 from pelton.tasks.load import load_task, restore_task
+from pelton.tasks.regression import TextRegression
 from pelton.training.backbone import adapter_config, quiet
 from pelton.training.folder import RunFolder
 from pelton.training.loading import load_recipe
@@ -18,6 +19,8 @@ from pelton.training.run import Run
 from pelton.tuner.store import draft_beside
 
 NEW = "combined"
+LIKE = 0.5
+"""Of a regression's deviation, by how much two runs' scales may differ."""
 
 
 def combine_runs(
@@ -102,11 +105,23 @@ def _require_one_task(folders: Sequence[RunFolder]) -> None:
                 f"{folders[0].path} has {_other_than(first, other)}, and {folder.path} {_other_than(other, first)}: "
                 "the mean of their heads would say nothing. Combine runs of the same classes, in the same order."
             )
+        if isinstance(first, TextRegression) and isinstance(other, TextRegression) and not _like_scales(first, other):
+            raise AdapterError(
+                f"The targets of {folders[0].path} are {first.mean:.4g} ± {first.deviation:.4g}, those of "
+                f"{folder.path} {other.mean:.4g} ± {other.deviation:.4g}: the mean of their heads would say nothing. "
+                "Combine runs that learned the same numbers."
+            )
 
 
 def _classes(task: Task[Any]) -> list[str]:
     """Returns the names of what each output says; none where outputs are no classes."""
     return list(map(str, task.model_options().get("id2label", {}).values()))
+
+
+def _like_scales(first: TextRegression, other: TextRegression) -> bool:
+    """Tells whether two heads' outputs mean nearly the same numbers; samples of one task differ by a little."""
+    shift, ratio = abs(first.mean - other.mean) / first.deviation, other.deviation / first.deviation
+    return shift <= LIKE and 1 - LIKE <= ratio <= 1 + LIKE
 
 
 def _other_than(task: Task[Any], other: Task[Any]) -> str:

@@ -21,14 +21,20 @@ def gate_table(run: Path | str) -> pd.DataFrame:
     """Reads a run's gates: one row per block with each method's mean effective weight, their sum, and the gate's kind.
 
     Raises:
-        TrainingError: the folder is not a run, or it has no gates since nothing was attached or training did not end.
+        TrainingError: the folder is not a run, its table is broken, or it has no gates since nothing was attached or
+            training did not end.
     """
     folder = RunFolder.open(Path(run))
     if not folder.gate_values.is_file():
         raise TrainingError(
             f"{run} has no gates.json ({folder.phase}): either no adapter was trained, or not to the end."
         )
-    return pd.DataFrame(folder.read("gates"))
+    rows = folder.read("gates")
+    if not (
+        isinstance(rows, list) and rows and all(isinstance(row, dict) and {"block", "sum"} <= set(row) for row in rows)
+    ):
+        raise folder.broken("gates.json", "expected one row for each block, with its gates and their sum")
+    return pd.DataFrame(rows)
 
 
 def methods_of(table: pd.DataFrame) -> list[str]:

@@ -159,7 +159,7 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """Returns the newest checkpoint that was written to its end (the trainer's state is written last)."""
-        whole = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json")]
+        whole = [path.parent for path in self.checkpoints.glob("checkpoint-*/trainer_state.json") if _is_json(path)]
         return max(whole, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
     def write_recipe(self, text: str) -> None:
@@ -183,3 +183,12 @@ class RunFolder:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise TrainingError(f"{path} cannot be read ({error}). Was the run finished?") from error
+
+
+def _is_json(path: Path) -> bool:
+    """Tells whether a file was written to its end."""
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
