@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModel, BertConfig, DistilBertConfig, GPT2Config, PreTrainedConfig, RobertaConfig
 
-from pelton.tasks.heads import MeanPoolingClassifier, mean_pool
+from pelton.tasks.heads import MeanPoolingClassifier, _calibrated_scale, mean_pool
 from pelton.training.backbone import head_modules
 from tiny import bert_config
 
@@ -138,3 +139,41 @@ def test_class_means_classify_by_the_nearest_mean(config: PreTrainedConfig) -> N
     nearest = torch.cdist(features, means).argmin(dim=1)
     assert torch.equal(logits.argmax(dim=1), nearest)
     assert torch.equal(model.classifier.weight[2], untouched)  # a class without examples
+
+
+@pytest.mark.parametrize("apart", [0.0, 0.7, 3.0])
+def test_class_means_start_as_sure_as_they_are_right(apart: float) -> None:
+    torch.manual_seed(0)
+    y = torch.arange(400) % 4
+    f = torch.randn(400, 16) + apart * torch.eye(4, 16)[y]  # the right s is 1: −|f − μ|² / 2 is the log-likelihood
+    means = torch.stack([f[:200][y[:200] == k].mean(dim=0) for k in range(4)])
+    scale = _calibrated_scale(f[:200], y[:200], means, torch.tensor(20.0))
+    trials = torch.logspace(-3, 2, 200)
+    losses = [nn.functional.cross_entropy(-s / 2 * torch.cdist(f[200:], means).square(), y[200:]) for s in trials]
+    ours = nn.functional.cross_entropy(-scale / 2 * torch.cdist(f[200:], means).square(), y[200:])
+    assert ours < min(losses) + 0.02
+    assert ours < math.log(4) + 0.02
+    if apart == 3.0:
+        assert 0.7 < scale < 1.4
+
+
+def test_single_examples_and_equal_ones_have_a_scale() -> None:
+    usual = torch.tensor(2.0)
+    f = torch.randn(3, 4)
+    assert _calibrated_scale(f, torch.arange(3), f, usual) == usual  # none can be left out
+    twice = torch.cat([f, f])
+    sure = _calibrated_scale(twice, torch.arange(6) % 3, f, usual)
+    assert sure.isfinite()
+    torch.testing.assert_close(sure, 100 * usual)  # every example is its mean: the surest that may be
+    same = torch.ones(4, 4)
+    assert _calibrated_scale(same, torch.arange(4) % 2, same[:2], usual).isfinite()
+
+
+def test_means_that_tell_nothing_do_not_start_worse_than_chance() -> None:
+    torch.manual_seed(0)
+    model = MeanPoolingClassifier(bert_config(num_labels=2)).eval()
+    batch = {"input_ids": torch.randint(5, 20, (64, 7)), "labels": torch.arange(64) % 2}
+    model.start_from_class_means([batch])
+    new = {"input_ids": torch.randint(5, 20, (256, 7)), "labels": torch.arange(256) % 2}
+    with torch.no_grad():
+        assert model(**new).loss < math.log(2) + 0.02

@@ -6,6 +6,7 @@ their [CLS] token. Shapes: B batch, T tokens, D hidden, C classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Self, cast
 
@@ -13,6 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
+
+TINY = torch.finfo(torch.float32).tiny
+HALVINGS = 30
+"""Of a range of four powers of ten, which leaves less than a millionth of it."""
 
 
 class MeanPoolingClassifier(PreTrainedModel):  # type: ignore[misc]
@@ -83,7 +88,8 @@ class MeanPoolingClassifier(PreTrainedModel):  # type: ignore[misc]
 
         With few examples a random head spends its first steps distorting pretrained features (Kumar et al. 2022,
         arXiv 2202.10054); class means start where prototypical networks do (Snell et al. 2017, arXiv 1703.05175,
-        section 2.4). s makes the logits of examples at their own mean exceed the average by 4. A class without
+        section 2.4). s is the one at which examples that are left out of their own mean have the least cross-entropy:
+        where means tell classes apart the head starts sure, where they do not it starts near 0. A class without
         examples keeps its random row.
 
         Args:
@@ -98,15 +104,44 @@ class MeanPoolingClassifier(PreTrainedModel):  # type: ignore[misc]
             features.append(mean_pool(hidden, batch.get("attention_mask")).float())
             labels.append(batch["labels"])
         f, y = torch.cat(features), torch.cat(labels)  # [N, D], [N]
-        seen = torch.unique(y)
-        means = torch.stack([f[y == k].mean(dim=0) for k in seen])  # [C, D]
+        seen, y = torch.unique(y, return_inverse=True)
+        means = torch.stack([f[y == k].mean(dim=0) for k in range(len(seen))])  # [C, D]
         center = f.mean(dim=0)
         offsets = means - center
-        scale = 4.0 / offsets.square().sum(dim=1).mean().clamp_min(torch.finfo(f.dtype).tiny)
+        scale = _calibrated_scale(f, y, means, 4.0 / offsets.square().sum(dim=1).mean().clamp_min(TINY))
         bias = -scale * (offsets.square().sum(dim=1) / 2 + offsets @ center)
         self.classifier.weight[seen] = (scale * offsets).to(self.classifier.weight.dtype)
         self.classifier.bias[seen] = bias.to(self.classifier.bias.dtype)
         self.train(was_training)
+
+
+def _calibrated_scale(f: Tensor, y: Tensor, means: Tensor, usual: Tensor) -> Tensor:
+    """Returns the s at which −s/2 · |f − μ_k|² has the least cross-entropy, each f left out of its own class's mean.
+
+    The cross-entropy is convex in s: its slope, that of ½ (d_y − Σ_k p_k d_k), is searched for its zero.
+
+    Args:
+        f: [N, D].
+        y: [N] rows of `means`.
+        means: [C, D] μ_k.
+        usual: Where the search begins, and what is taken where no class has two examples; s is at most 100 times as
+            large or small.
+    """
+    count = torch.bincount(y)[y]  # [N], of the example's class
+    d = torch.cdist(f, means).square()  # [N, C]
+    own = y.unsqueeze(1)
+    # f − μ without f is (f − μ) · n / (n − 1).
+    d.scatter_(1, own, d.gather(1, own) * (count / (count - 1).clamp_min(1)).square().unsqueeze(1))
+    d, own = d[count > 1], own[count > 1]
+    if not len(d):
+        return usual
+    low, high = usual.log() - math.log(100.0), usual.log() + math.log(100.0)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        p = torch.softmax(-middle.exp() / 2 * d, dim=1)
+        rises = (d.gather(1, own).squeeze(1) - (p * d).sum(dim=1)).mean() > 0
+        low, high = torch.where(rises, low, middle), torch.where(rises, middle, high)
+    return high.exp()
 
 
 def mean_pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
