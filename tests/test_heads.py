@@ -177,3 +177,9 @@ def test_means_that_tell_nothing_do_not_start_worse_than_chance() -> None:
     new = {"input_ids": torch.randint(5, 20, (256, 7)), "labels": torch.arange(256) % 2}
     with torch.no_grad():
         assert model(**new).loss < math.log(2) + 0.02
+
+
+def test_texts_that_are_all_alike_give_a_head_of_numbers() -> None:
+    model = MeanPoolingClassifier(bert_config(num_labels=2)).eval()
+    model.start_from_class_means([{"input_ids": torch.full((6, 4), 7), "labels": torch.arange(6) % 2}])
+    assert all(p.isfinite().all() for p in model.classifier.parameters())

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-TINY = torch.finfo(torch.float32).tiny
+TINY = 1e-12
+"""Of squared distances: features that are all alike still give numbers."""
 HALVINGS = 30
 """Of a range of four powers of ten, which leaves less than a millionth of it."""
 
