@@ -162,11 +162,33 @@ def test_single_examples_and_equal_ones_have_a_scale() -> None:
     f = torch.randn(3, 4)
     assert _calibrated_scale(f, torch.arange(3), f, usual) == usual  # none can be left out
     twice = torch.cat([f, f])
-    sure = _calibrated_scale(twice, torch.arange(6) % 3, f, usual)
-    assert sure.isfinite()
-    torch.testing.assert_close(sure, 100 * usual)  # every example is its mean: the surest that may be
+    assert _calibrated_scale(twice, torch.arange(6) % 3, f, usual) == usual  # nor with its copies
     same = torch.ones(4, 4)
     assert _calibrated_scale(same, torch.arange(4) % 2, same[:2], usual).isfinite()
+
+
+@pytest.mark.parametrize("signal", [0.0, 0.3])
+def test_copies_of_texts_change_nothing(signal: float) -> None:
+    torch.manual_seed(0)
+    y = torch.arange(120) % 3
+    f = torch.randn(120, 24) + signal * torch.eye(3, 24)[y]
+    means = torch.stack([f[y == k].mean(dim=0) for k in range(3)])
+    once = _calibrated_scale(f, y, means, torch.tensor(1.0))
+    again = torch.randperm(360)
+    noisy = (f.repeat(3, 1) + 1e-6 * torch.randn(360, 24))[again]
+    torch.testing.assert_close(_calibrated_scale(noisy, y.repeat(3)[again], means, torch.tensor(1.0)), once)
+
+
+@pytest.mark.parametrize("rows", [100, 20_000])
+def test_means_of_noise_start_at_chance_however_many_rows_there_are(rows: int) -> None:
+    torch.manual_seed(1)
+    f, y = torch.randn(rows, 32), torch.arange(rows) % 2
+    means = torch.stack([f[y == k].mean(dim=0) for k in range(2)])
+    scale = _calibrated_scale(f, y, means, 4.0 / (means[0] - means[1]).square().sum())
+    loss = nn.functional.cross_entropy(
+        -scale / 2 * torch.cdist(torch.randn(500, 32), means).square(), torch.arange(500) % 2
+    )
+    assert loss < math.log(2) + 0.01
 
 
 def test_means_that_tell_nothing_do_not_start_worse_than_chance() -> None:

@@ -6,7 +6,6 @@ their [CLS] token. Shapes: B batch, T tokens, D hidden, C classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Self, cast
 
@@ -17,6 +16,8 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 TINY = 1e-12
 """Of squared distances: features that are all alike still give numbers."""
+EQUAL = 1e-3
+"""Of the length of features, by how much those of one text may differ."""
 HALVINGS = 30
 """Of a range of four powers of ten, which leaves less than a millionth of it."""
 
@@ -109,7 +110,8 @@ class MeanPoolingClassifier(PreTrainedModel):  # type: ignore[misc]
         means = torch.stack([f[y == k].mean(dim=0) for k in range(len(seen))])  # [C, D]
         center = f.mean(dim=0)
         offsets = means - center
-        scale = _calibrated_scale(f, y, means, 4.0 / offsets.square().sum(dim=1).mean().clamp_min(TINY))
+        usual = 4.0 / offsets.square().sum(dim=1).mean().clamp_min(TINY)  # a margin of 4 at the mean
+        scale = _calibrated_scale(f - center, y, offsets, usual)
         bias = -scale * (offsets.square().sum(dim=1) / 2 + offsets @ center)
         self.classifier.weight[seen] = (scale * offsets).to(self.classifier.weight.dtype)
         self.classifier.bias[seen] = bias.to(self.classifier.bias.dtype)
@@ -119,30 +121,49 @@ class MeanPoolingClassifier(PreTrainedModel):  # type: ignore[misc]
 def _calibrated_scale(f: Tensor, y: Tensor, means: Tensor, usual: Tensor) -> Tensor:
     """Returns the s at which −s/2 · |f − μ_k|² has the least cross-entropy, each f left out of its own class's mean.
 
-    The cross-entropy is convex in s: its slope, that of ½ (d_y − Σ_k p_k d_k), is searched for its zero.
+    The cross-entropy is convex in s: its slope, that of ½ (d_y − Σ_k p_k d_k), is searched for its zero, between logits
+    of an example that differ by a hundredth and by a hundred.
 
     Args:
         f: [N, D].
         y: [N] rows of `means`.
         means: [C, D] μ_k.
-        usual: Where the search begins, and what is taken where no class has two examples; s is at most 100 times as
-            large or small.
+        usual: What is taken where no class has two different examples.
     """
-    count = torch.bincount(y)[y]  # [N], of the example's class
+    count, copies = torch.bincount(y)[y], _copies(f, y)  # [N]
     d = torch.cdist(f, means).square()  # [N, C]
     own = y.unsqueeze(1)
-    # f − μ without f is (f − μ) · n / (n − 1).
-    d.scatter_(1, own, d.gather(1, own) * (count / (count - 1).clamp_min(1)).square().unsqueeze(1))
-    d, own = d[count > 1], own[count > 1]
+    # f − μ without f and its m − 1 copies is (f − μ) · n / (n − m).
+    d.scatter_(1, own, d.gather(1, own) * (count / (count - copies).clamp_min(1)).square().unsqueeze(1))
+    left = count > copies
+    d, own = d[left], own[left]
     if not len(d):
         return usual
-    low, high = usual.log() - math.log(100.0), usual.log() + math.log(100.0)
+    differ = (d.std(dim=1, correction=0).mean() / 2).clamp_min(TINY)  # of an example's logits, at s = 1
+    low, high = (bound.log() for bound in (0.01 / differ, 100.0 / differ))
     for _ in range(HALVINGS):
         middle = (low + high) / 2
         p = torch.softmax(-middle.exp() / 2 * d, dim=1)
         rises = (d.gather(1, own).squeeze(1) - (p * d).sum(dim=1)).mean() > 0
         low, high = torch.where(rises, low, middle), torch.where(rises, middle, high)
     return high.exp()
+
+
+def _copies(f: Tensor, y: Tensor) -> Tensor:
+    """Counts for each example those of its class with the same features, itself included, [N].
+
+    Along a random direction equal features are neighbours. Where padding differs, they are only nearly equal.
+    """
+    line = f @ torch.randn(f.shape[1], generator=torch.Generator().manual_seed(0)).to(f.device)
+    order = line.argsort()
+    order = order[y[order].argsort(stable=True)]
+    sorted_f, sorted_y = f[order], y[order]
+    apart = (sorted_f[1:] - sorted_f[:-1]).norm(dim=1) > EQUAL * f.norm(dim=1).mean()
+    new = apart | (sorted_y[1:] != sorted_y[:-1])
+    group = torch.cat([new.new_zeros(1), new]).cumsum(dim=0)
+    copies = torch.empty_like(y)
+    copies[order] = torch.bincount(group)[group]
+    return copies
 
 
 def mean_pool(hidden: Tensor, mask: Tensor | None) -> Tensor:
