@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
+import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -30,10 +33,16 @@ from pelton import (
     gated_blocks,
     set_methods,
 )
-from pelton.errors import AdapterError, AnatomyError, PeltonError, SpecError, UnknownName
+from pelton.errors import AdapterError, AnatomyError, DataError, PeltonError, RecipeError, SpecError, UnknownName
 from pelton.gates import GATES
 from pelton.methods import METHODS as KINDS
 from pelton.methods import SITES
+from pelton.tasks.files import read_chunks, read_table
+from pelton.tasks.labels import Labels, find_labels
+from pelton.tasks.regression import RegressionSettings, TextRegression
+from pelton.tasks.tables import Table
+from pelton.training.loading import parse_recipe
+from tiny import write_csv, write_jsonl
 from zoo import ARCHS, Arch
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -631,3 +640,173 @@ def test_every_site_and_kind_is_in_the_lists() -> None:
     with pytest.raises(UnknownName) as error:
         PeltonConfig(gate="nothing")
     assert str(error.value).endswith(f"Known: {', '.join(sorted(GATES))}.")
+
+
+# Files
+
+GLUE = [
+    ('"Hello there', "1"),
+    ('bye now"', "0"),
+    ('it is 5" wide', "1"),
+    ('he said "no" twice', "0"),
+    ('"All of it."', "1"),
+]
+CELLS = ['two\nlines\n\nand "quotes"', "a\ttab", '"', "plain", "ends in\n"]
+
+
+@pytest.mark.parametrize("rows", [GLUE, GLUE[:2], GLUE[4:], GLUE[2:], [*GLUE[:2], *GLUE[4:]]])
+def test_quotes_in_tsv_are_plain_text(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
+    path = tmp_path / "a.tsv"
+    path.write_text("sentence\tlabel\n" + "".join(f"{text}\t{label}\n" for text, label in rows))
+    table = read_table(path)
+    assert list(zip(table.columns["sentence"], table.columns["label"], strict=True)) == rows
+    assert next(iter(read_chunks(path, 100))).columns == table.columns
+
+
+@pytest.mark.parametrize("quoting", [csv.QUOTE_MINIMAL, csv.QUOTE_ALL, csv.QUOTE_NONNUMERIC])
+@pytest.mark.parametrize("columns", [("text",), ("text", "label"), ("label", "text")])
+@pytest.mark.parametrize("cells", [CELLS, *([cell, "plain"] for cell in CELLS)])
+def test_tsv_that_is_written_with_quotes_is_read_as_it_was(
+    tmp_path: Path, quoting: Any, columns: tuple[str, ...], cells: list[str]
+) -> None:
+    with (tmp_path / "a.tsv").open("w", newline="") as file:
+        writer = csv.writer(file, delimiter="\t", quoting=quoting)
+        writer.writerows([columns, *([{"text": cell, "label": "x"}[name] for name in columns] for cell in cells)])
+    assert read_table(tmp_path / "a.tsv").columns["text"] == cells
+
+
+def test_a_tsv_row_of_another_width_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('text\tlabel\n5" wide\t1\n"two\nlines"\t1\n')
+    with pytest.raises(
+        DataError, match=r"line 3: expected 2 columns .* but got 1. Write cells with .* to a JSONL file"
+    ):
+        read_table(tmp_path / "a.tsv")
+
+
+@pytest.mark.parametrize("text", ['text,label\n"open,a\nb,c\n', 'text,label\n"open,a\nb" more,c\n'])
+def test_a_lone_quote_in_csv_is_named_as_the_cause(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(DataError, match=r"line 2: malformed CSV .*probably for a quote without a partner. Enclose"):
+        read_table(tmp_path / "a.csv")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_long_cells_are_read_and_the_process_keeps_its_limit(tmp_path: Path, name: str) -> None:
+    text, limit = "good " * 40_000, csv.field_size_limit()
+    path = write_csv(tmp_path / name, [{"text": text, "label": "a"}])
+    assert read_table(path).columns["text"] == [text]
+    for chunk in read_chunks(path, 1):
+        assert (chunk.columns["text"], csv.field_size_limit()) == ([text], limit)
+
+
+def test_suffixes_may_be_in_capitals(tmp_path: Path) -> None:
+    rows = [{"text": "a, b", "label": "c"}]
+    write_csv(tmp_path / "a.tsv", rows).rename(tmp_path / "a.TSV")
+    plain = write_csv(tmp_path / "a.csv", rows)
+    (tmp_path / "a.CSV.GZ").write_bytes(gzip.compress(plain.read_bytes()))
+    for name in ("a.TSV", "a.CSV.GZ"):
+        assert read_table(tmp_path / name).columns == {"text": ["a, b"], "label": ["c"]}
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.json", "a.txt", "a.csv.gz"])
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be"])
+def test_utf16_is_named(tmp_path: Path, name: str, encoding: str) -> None:
+    data = ("" if encoding == "utf-16" else "\ufeff").encode(encoding) + "text,label\nhello,a\n".encode(encoding)
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+    with pytest.raises(DataError, match=rf"{name} is UTF-16: expected UTF-8. Save the file as UTF-8"):
+        read_table(tmp_path / name)
+
+
+def test_names_of_columns_are_utf8(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("text,thé\nhello,a\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a.csv, line 1, the column's name 'th\\udce9': broken UTF-8 at character 3"):
+        read_table(tmp_path / "a.csv")
+    (tmp_path / "a.jsonl").write_bytes('{"text": "a"}\n{"thé": "a"}\n'.encode("latin-1"))
+    with pytest.raises(DataError, match=r"a.jsonl, line 2, the column's name 'th\\udce9': broken UTF-8"):
+        read_table(tmp_path / "a.jsonl")
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [("[" * 100_000, "brackets are nested too deeply"), ('{"a": ' + "7" * 5000 + "}", "Exceeds the limit .*digits")],
+)
+def test_json_that_python_cannot_hold_is_named_by_its_line(tmp_path: Path, name: str, line: str, reason: str) -> None:
+    for before in ("", '{"text": "a"}\n'):
+        (tmp_path / name).write_text(before + line + "\n")
+        with pytest.raises(DataError, match=rf"{name}, line {1 + bool(before)}: JSON that cannot be read \({reason}"):
+            read_table(tmp_path / name)
+
+
+# Labels and targets
+
+
+def named(names: tuple[str, ...], values: list[Any]) -> Labels:
+    return find_labels(Table("t", {"label": values}, class_names={"label": names}), "label")
+
+
+@pytest.mark.parametrize(
+    ("values", "found"),
+    [([0, 1, 2], (0, 1, 2, None)), ([1, 3, 2], (None, 0, 1, 2)), ([0, 1], (0, 1, 2, None)), ([3, 1], (None, 0, 1, 2))],
+    ids=["ids", "names", "some ids", "some names"],
+)
+def test_a_number_means_the_same_in_every_form(values: list[int], found: tuple[int | None, ...]) -> None:
+    for form in (int, float, str):
+        labels = named(("1", "2", "3"), [form(value) for value in values])
+        for number, place in enumerate(found):
+            assert [labels.find(number), labels.find(float(number)), labels.find(str(number))] == [place] * 3
+
+
+def test_numbers_that_may_be_ids_or_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"t, column 'label': the numbers 1, 2 may be ids or names, as .* named 1, 2, 3"
+    ):
+        named(("1", "2", "3"), [2, 1, 1])
+    given = find_labels(Table("t", {"label": [2, 1]}), "label", ["1", "2", "3"])
+    assert [given.find(value) for value in (1, 2.0, "3", 0)] == [0, 1, 2, None]
+    for names in (("0", "1", "2"), ("a", "2024", "b")):  # every id is clear
+        assert [named(names, [1, 0]).find(value) for value in (0, 1.0, "2")] == [0, 1, 2]
+    assert named(("a", "2024", "b"), [1, 0]).find(2024) == 1
+
+
+def test_truth_values_are_names() -> None:
+    table = Table("t", {"label": [True, False, "True"]})
+    for given in (["False", "True"], None):
+        assert find_labels(table, "label", given).encode(table, "label") == [1, 0, 1]
+    assert named(("False", "True"), [True, False]).find(True) == 1
+
+
+def test_names_with_a_decimal_point_are_no_ids() -> None:
+    labels = find_labels(Table("t", {"label": [1, 2]}), "label", ["1.0", "2.0"])
+    assert (labels.find(1), labels.find("1.0")) == (None, 0)
+    assert labels.explain(1) == "unseen label 1. Did you mean '1.0'? Classes of task.labels: 1.0, 2.0."
+
+
+def regression(tmp_path: Path, targets: list[Any]) -> TextRegression:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "x", "label": target} for target in targets])
+    return TextRegression.plan(RegressionSettings(data=str(path)), read_table(path))
+
+
+@pytest.mark.parametrize("target", [10**400, -(10**400), math.inf, math.nan])
+def test_a_target_that_is_no_number_of_the_machine_is_named(tmp_path: Path, target: float) -> None:
+    with pytest.raises(DataError, match="line 2, column 'label': expected a finite number, but got") as error:
+        regression(tmp_path, [1, target])
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize("targets", [[1e308, -1e308, 1.7e308], [1.0, 2.0, -1e200]])
+def test_targets_without_a_finite_scale_are_refused(tmp_path: Path, targets: list[float]) -> None:
+    with pytest.raises(DataError, match=r"line 3, .*too far apart .*farthest from 0. Scale the targets") as error:
+        regression(tmp_path, targets)
+    assert repr(targets[-1]) in str(error.value)
+    assert regression(tmp_path, [3, 3]).deviation == 1.0
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("key", ["epochs", "learning_rate", "weight_decay", "loss.gamma", "loss.dice"])
+def test_endless_rates_and_weights_are_refused(key: str, value: float) -> None:
+    training: dict[str, Any] = {key: value}
+    if key.startswith("loss."):
+        training = {"loss": {"kind": "focal", key.removeprefix("loss."): value}}
+    with pytest.raises(RecipeError, match=rf"{key}.*finite number"):
+        parse_recipe({"backbone": "none", "task": {"kind": "text-classification"}, "training": training}, "test")

@@ -12,16 +12,22 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from transformers import TrainerState
 
 from pelton.bench import protocol as protocols
 from pelton.bench.grid import Grid
 from pelton.bench.journal import Journal
 from pelton.bench.protocol import EQUAL, METHODS, TASKS, Cell, Protocol
 from pelton.bench.report import markdown, write
-from pelton.bench.statistics import best_single, cells, complete, over_tasks, paired_bootstrap, score_table
+from pelton.bench.sentences import compared
+from pelton.bench.statistics import best_single, cells, compare, complete, over_tasks, score_table
+from pelton.bench.summary import summarise
 from pelton.bench.worker import progress, work
 from pelton.cli.main import run
-from pelton.errors import DataError, PeltonError
+from pelton.errors import DataError, PeltonError, TrainingError
+from pelton.training.folder import RunFolder
+from pelton.training.trainer import GatedTrainer
 from tiny import save_backbone, sentences, write_jsonl
 
 SCORES = {"full": 0.6, "lora": 0.5, "bottleneck": 0.55, "pelton": 0.7}
@@ -31,6 +37,11 @@ def record(grid: Grid, cell: Cell, test: float, validation: float | None = None)
     values = {"validation": test if validation is None else validation, "test": test, "trainable": 10}
     names = {"task": cell.task, "examples": cell.examples, "method": cell.method, "rate": cell.rate, "seed": cell.seed}
     return {**names, **values, "train_seconds": 2.0, "fingerprint": grid.key(cell)}
+
+
+def diverge(grid: Grid, cell: Cell) -> dict[str, Any]:
+    lost = {"validation": None, "test": None, "failed": "the loss is nan"}
+    return {key: value for key, value in (record(grid, cell, 0.0) | lost).items() if key != "train_seconds"}
 
 
 def finish(grid: Grid) -> list[dict[str, Any]]:
@@ -135,6 +146,50 @@ def test_mistakes_name_the_nearest(tasks: list[str], methods: list[str], message
     assert message in str(error.value)
 
 
+def test_a_rate_that_diverged_is_never_chosen_and_holds_nothing_up() -> None:
+    grid = Grid(Protocol("data"), ["cola", "rte"], [100], ["full", "lora"], range(2))
+    records = finish(grid)
+    first = grid.protocol.rates("full")[0]
+    bad = Cell("cola", 100, "full", first, 0)
+    broken = [diverge(grid, bad) if grid.key(bad) == r["fingerprint"] else r for r in records]
+    assert grid.chosen(bad, grid.finished(broken)) == grid.protocol.rates("full")[1]
+    later = Cell("cola", 100, "full", grid.protocol.rates("full")[1], 1)
+    assert list(grid.open(broken)) == [later]
+    whole = [*broken, record(grid, later, 0.4)]
+    assert progress(grid, whole) == (len(whole), len(whole))
+    assert "**55.25** " in markdown(grid, whole)
+    assert "Diverged" not in markdown(grid, whole)
+    lost = markdown(grid, [*broken, diverge(grid, later)])
+    assert "Diverged at the chosen learning rate: full on cola at 100 examples, seed 1." in lost
+    assert "Means over 2 tasks, 2 seeds (0, 1); cola has only seed 0." in lost
+    assert "60.0 (1 seed)" in lost
+
+
+def test_a_method_of_which_every_rate_diverged_is_named() -> None:
+    grid = Grid(Protocol("data"), ["cola", "rte"], [100], ["full", "lora"], range(2))
+    records = [
+        diverge(grid, c) if (c.task, c.method) == ("rte", "full") else record(grid, c, 0.5) for c in grid.open([])
+    ]
+    records += [record(grid, cell, 0.5) for cell in grid.open(records)]
+    assert progress(grid, records) == (len(records), len(records))
+    text = markdown(grid, records)
+    assert "Not finished with every method, and so not in the means: rte." in text
+    assert "Diverged at every learning rate, and so without a result: full on rte at 100 examples." in text
+
+
+def test_a_validation_score_that_is_no_number_is_the_worst() -> None:
+    grid = Grid(Protocol("data"), ["cola"], [100], ["lora"], [0])
+    first, second = grid.protocol.rates("lora")
+    cells_ = [Cell("cola", 100, "lora", rate, 0) for rate in (first, second)]
+    records = [record(grid, cells_[0], 0.5, math.nan), record(grid, cells_[1], 0.5, 0.1)]
+    assert grid.chosen(cells_[0], grid.finished(records)) == second
+
+
+def test_what_is_named_twice_counts_once() -> None:
+    grid = Grid(Protocol("data"), ["cola", "cola"], [100, 100], ["lora", "full", "lora"], [0, 0])
+    assert (grid.tasks, grid.examples, grid.methods, grid.seeds) == (["cola"], [100], ["lora", "full"], [0])
+
+
 # ---- the journal -------------------------------------------------------------------------------------------------
 
 
@@ -180,8 +235,57 @@ def test_a_claim_is_held_by_one_and_freed_by_death(tmp_path: Path) -> None:
 def test_a_broken_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "bench.jsonl"
     path.write_text('{"a": 1}\n{"a": \n')
-    with pytest.raises(DataError, match=r"bench.jsonl, line 2: expected a JSON object"):
+    with pytest.raises(DataError, match=r"line 2: expected a JSON object .* A line that a crash cut off can be rem"):
         Journal(path).records()
+
+
+def test_the_beginning_of_a_line_that_a_crash_left_costs_no_other_line(tmp_path: Path) -> None:
+    path = tmp_path / "bench.jsonl"
+    journal = Journal(path)
+    journal.append({"number": 1})
+    with path.open("a") as file:
+        file.write('{"number": 2, "te')
+    assert journal.records() == [{"number": 1}]
+    journal.append({"number": 3})
+    assert journal.records() == [{"number": 1}, {"number": 3}]
+    path.write_text('{"number": 1}')  # an editor's last line, whole
+    assert journal.records() == [{"number": 1}]
+    journal.append({"number": 2})
+    assert path.read_text() == '{"number": 1}\n{"number": 2}\n'
+    path.write_text("somebody's notes")
+    journal.append({"number": 2})
+    assert path.read_text().startswith("somebody's notes\n")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"[]\n", "line 1: expected a JSON object with fingerprint, but got '\\[\\]'"),
+        (b'\n{"fingerprint": "a"}\n{}\n', "line 3: expected a JSON object with fingerprint, but got '{}'"),
+        (b'{"benchmark": "overhead"}', "line 1: expected a JSON object with fingerprint"),
+        (b"\xff\xfe\x00", "line 1: expected a JSON object .*utf-8"),
+        (b"notes", "line 1: expected a JSON object"),
+    ],
+)
+def test_a_file_of_something_else_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bench.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        Journal(path, needs=["fingerprint"]).records()
+
+
+def test_empty_lines_and_lines_of_something_else_are_passed_over(grid: Grid, tmp_path: Path) -> None:
+    path = tmp_path / "bench.jsonl"
+    path.write_text('\n{"a": 1}\n\n')
+    assert Journal(path).records() == [{"a": 1}]
+    assert grid.finished(Journal(path).records()) == {}
+
+
+def test_a_place_that_cannot_be_written_is_found_before_training(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "bench.jsonl"):
+        with pytest.raises(DataError, match=r"cannot be written .* Name another file"):
+            Journal(path).require_writable()
 
 
 # ---- what it says ------------------------------------------------------------------------------------------------
@@ -218,20 +322,40 @@ def test_the_bootstrap_pairs_runs() -> None:
     noise = {(task, seed): 20 * random.standard_normal() for task, seed in itertools.product("abcdef", range(5))}
     values = {(t, "x", s): n for (t, s), n in noise.items()}
     values |= {(t, "y", s): n + 1.0 + 0.1 * random.standard_normal() for (t, s), n in noise.items()}
-    found = paired_bootstrap(frame(values), "y", "x")
+    found = compare(frame(values), "y", "x")
     assert found.difference == pytest.approx(1.0, abs=0.1)
     assert 0.8 < found.low < found.difference < found.high < 1.2
     assert found.better == 1.0
-    same = paired_bootstrap(frame({key: value for key, value in values.items() if key[1] == "x"}), "x", "x")
-    assert (same.difference, same.low, same.high) == (0.0, 0.0, 0.0)
+    same = compare(frame({key: value for key, value in values.items() if key[1] == "x"}), "x", "x")
+    assert (same.difference, same.low, same.high, same.better) == (0.0, 0.0, 0.0, 0.5)
 
 
 def test_a_task_that_is_drawn_twice_draws_its_seeds_twice() -> None:
     values = {(t, "y", s): d for t, (s, d) in itertools.product("abcdef", enumerate((-2.0, 0.0, 2.0)))}
-    found = paired_bootstrap(frame(values | {(t, "x", s): 0.0 for t, _, s in values}), "y", "x")
+    found = compare(frame(values | {(t, "x", s): 0.0 for t, _, s in values}), "y", "x")
     expected = 1.96 * math.sqrt(8 / 3 / 18)  # the deviation of the mean of 18 independent draws of -2, 0, 2
     assert found.high == pytest.approx(expected, rel=0.1)
     assert found.low == pytest.approx(-expected, rel=0.1)
+
+
+def test_one_task_s_interval_is_student_s_and_one_run_has_none() -> None:
+    values = {("a", "y", s): d for s, d in enumerate((1.0, 2.0, 3.0))} | {("a", "x", s): 0.0 for s in range(3)}
+    found = compare(frame(values), "y", "x")
+    half = 4.302653 / math.sqrt(3)  # t of two degrees of freedom, at a deviation of 1
+    assert (found.low, found.high) == pytest.approx((2.0 - half, 2.0 + half))
+    assert compared(found) == "y − x, the best single method, is +2.00 points (95 % interval -0.48 to +4.48, "\
+        "Student's t of 3 seeds)."  # fmt: skip
+    one = compare(frame({key: value for key, value in values.items() if key[2] == 0}), "y", "x")
+    assert math.isnan(one.low)
+    assert math.isnan(one.high)
+    assert compared(one).endswith("is +1.00 points (one run: no interval).")
+
+
+def test_ties_are_ties_whatever_the_order_of_adding() -> None:
+    scores = (50.903, 51.264, 55.596)
+    values = {("rte", "x", s): v for s, v in enumerate(scores)}
+    values |= {("rte", "y", s): scores[s - 1] for s in range(3)}
+    assert over_tasks(frame(values))["rank"].to_dict() == {"x": 1.5, "y": 1.5}
 
 
 def test_the_best_single_method_is_no_combination(grid: Grid) -> None:
@@ -250,8 +374,78 @@ def test_the_report_says_what_is_there(grid: Grid, tmp_path: Path) -> None:
     assert "Not finished with every method, and so not in the means: rte." in markdown(grid, few)
     assert markdown(grid, []).startswith("No method has a result yet")
     paths = write(grid, records, tmp_path)
-    assert [path.name for path in paths] == ["bench.md", "bench.csv", "bench-bars.png", "bench-curves.png"]
-    assert len(pd.read_csv(tmp_path / "bench.csv")) == len(grid.results(records))
+    names = ["bench.md", "bench.csv", "bench-summary.csv", "bench-bars.png", "bench-curves.png"]
+    assert [path.name for path in paths] == names
+    rows = pd.read_csv(tmp_path / "bench.csv")
+    assert len(rows) == len(grid.results(records))
+    assert set(rows["rate"]) == {grid.protocol.rates(method)[0] for method in SCORES}  # 5e-5 is no 0.000
+
+
+def test_costs_are_of_what_every_method_has() -> None:
+    grid = Grid(Protocol("data"), ["cola", "banking77"], [100], ["full", "lora"], [0])
+    seconds = {("cola", "full"): 10.0, ("cola", "lora"): 5.0, ("banking77", "full"): 10.0}
+    records = [
+        record(grid, c, 0.5) | {"train_seconds": seconds[c.task, c.method], "trainable": 7 if c.task == "cola" else 9}
+        for c in grid.open([])
+        if (c.task, c.method) in seconds
+    ]
+    text = markdown(grid, records)
+    assert "| full | 50.0 | 50.0 | **50.00** | 1.5 | 7 | 1.00× |" in text
+    assert "| lora | 50.0 | – | **50.00** | 1.5 | 7 | 0.50× |" in text
+    alone = [r for r in records if r["method"] == "full"]
+    assert "| full | 50.0 | 50.0 | – | – | – | – |" in markdown(grid, alone)
+    assert "| 7 | – |" in markdown(grid, [r | {"train_seconds": 0.0} for r in records])
+
+
+def test_the_report_says_what_is_missing(grid: Grid) -> None:
+    records = finish(grid)
+    gone = [r for r in records if r["examples"] == 100 and not (r["task"] == "rte" and r["seed"] == 2)]
+    text = markdown(grid, gone)
+    assert "70.5 ± 0.7 (2 seeds)" in text
+    assert "Means over 2 tasks, 3 seeds (0, 1, 2); rte has only seeds 0, 1." in text
+    assert "No result yet at 500 training examples." in text
+    assert "| GLUE (2 of 9) |" in text
+    assert "GLUE" not in markdown(grid, [r for r in records if r["task"] == "cola"])
+
+
+def test_a_journal_of_other_settings_is_said_to_be_one(grid: Grid) -> None:
+    other = Protocol("data", precision="bf16")
+    theirs = [r | {"protocol": other.describe()} for r in finish(Grid(other, ["cola"], [100], ["lora"], [0]))]
+    assert markdown(grid, theirs) == (
+        "No method has a result yet: the journal's 2 runs are of other settings, such as precision bf16 (here fp32)."
+    )
+    ours = finish(Grid(Protocol("data"), ["sst2"], [100], ["lora"], [0]))
+    assert "none of the journal's 2 runs is of these tasks" in markdown(grid, ours)
+
+
+def test_a_summary_has_a_row_a_cell_and_the_means(grid: Grid, tmp_path: Path) -> None:
+    records = [r for r in finish(grid) if r["examples"] == 100 and not (r["task"] == "rte" and r["seed"] == 2)]
+    records = [r for r in records if (r["task"], r["method"], r["seed"]) != ("rte", "full", 1)]
+    write(grid, records, tmp_path)
+    table = pd.read_csv(tmp_path / "bench-summary.csv").set_index(["task", "method"])
+    assert len(table) == 3 * len(SCORES)
+    lora = table.loc["cola", "lora"]
+    assert (lora["mean"], lora["std"], lora["seeds"]) == pytest.approx((51.0, 1.0, 3))
+    assert (lora["rank"], lora["time_ratio"], lora["trainable"], lora["lead"]) == pytest.approx((4, 1, 10, 20))
+    assert (lora["low"], lora["high"]) == pytest.approx((20.0, 20.0))
+    assert table.loc[("rte", "full"), "seeds"] == 1
+    assert np.isnan(table.loc[("rte", "lora"), "low"])  # full has one seed of it
+    mean = table.loc["mean", "lora"]
+    assert (mean["mean"], mean["seeds"], mean["rank"]) == pytest.approx((50.5, 1, 4))
+    assert np.isnan(table.loc[("mean", "pelton"), "lead"])
+
+
+def test_pictures_of_a_part_and_below_zero(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Grid(Protocol("data"), ["cola", "rte"], [100, 500], ["full", "lora"], [0])
+    cells_ = [c for c in grid.open([]) if (c.task, c.examples) in (("cola", 100), ("rte", 500))]
+    paths = write(grid, [record(grid, c, -0.03) for c in cells_], tmp_path)
+    assert [path.name for path in paths[3:]] == ["bench-bars.png"]
+    seen = []
+    monkeypatch.setattr("pelton.bench.plots._save", lambda figure, path: seen.append(figure.axes[0]) or path)
+    write(grid, [record(grid, c, {"full": -0.5, "lora": 0.2}[c.method]) for c in cells_], tmp_path)
+    assert seen[0].get_xlim()[0] == -60.0
+    assert seen[0].get_xlim()[1] > 20.0
+    assert seen[0].get_xlabel() == "mean score over 1 task, 500 examples"
 
 
 # ---- training ----------------------------------------------------------------------------------------------------
@@ -300,6 +494,74 @@ def test_a_run_that_fails_stops_no_other(place: Path, tmp_path: Path, capsys: py
     assert "The same command tries again." in said.err
 
 
+def test_a_training_that_diverges_is_a_result(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At this rate the weights stay finite, and the outputs on validation rows do not."""
+    monkeypatch.setitem(protocols.METHODS, "full", protocols.Method(None, (5e-5, 1e4), single=False))
+    protocol = Protocol(str(place / "data"), str(place / "backbone"), fixed_steps=10)
+    grid = Grid(protocol, ["cola"], [8], ["full"], range(2))
+    journal, told = Journal(tmp_path / "bench.jsonl"), list[str]()
+    found = work(grid, journal, told.append)
+    assert (found.trained, found.failed) == (3, {})
+    lost = next(line for line in journal.records() if line["rate"] == 1e4)
+    assert lost["validation"] is None
+    assert "no numbers" in lost["failed"]
+    assert told[1] == f"cola 8 full 10000 seed 0 has no score: {lost['failed']}"
+    assert progress(grid, journal.records()) == (3, 3)
+    assert len(summarise(journal.records())) == 2
+    assert "Means over 1 task, 2 seeds (0, 1)." in markdown(grid, journal.records())
+
+
+@pytest.mark.parametrize("outcome", [math.nan, ValueError("Input contains NaN."), ValueError("a mistake")])
+def test_outputs_that_are_no_numbers_stop_an_evaluation(outcome: float | ValueError, tmp_path: Path) -> None:
+    class Model(torch.nn.Module):
+        def forward(self, bad: bool) -> dict[str, torch.Tensor]:
+            return {"logits": torch.tensor([math.nan if bad else -math.inf])}
+
+    trainer = GatedTrainer.__new__(GatedTrainer)
+    trainer.model, trainer.folder = Model(), RunFolder(tmp_path)
+    trainer.state = TrainerState()
+
+    def judge(bad: bool) -> dict[str, float]:
+        trainer.model(bad)
+        if isinstance(outcome, ValueError):
+            raise outcome
+        return {"auroc": outcome, "loss": 1.0}
+
+    with pytest.raises(TrainingError, match="outputs on the validation rows are no numbers"):
+        trainer._judged(lambda: judge(bad=True))
+    with pytest.raises(TrainingError, match="no numbers"):
+        trainer._judged(lambda: {"loss": math.nan})
+    if isinstance(outcome, ValueError):
+        with pytest.raises(ValueError, match=str(outcome)):
+            trainer._judged(lambda: judge(bad=False))
+    else:  # an area under a curve may not exist
+        assert trainer._judged(lambda: judge(bad=False))["loss"] == 1.0
+    assert not trainer.model._forward_hooks
+
+
+def test_a_run_without_memory_stops_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = Grid(Protocol(None), ["cola"], [100], ["full", "lora"], [0])
+
+    def train(grid: Grid, cell: Cell) -> dict[str, Any]:
+        if cell.method == "full":
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation.")
+        return record(grid, cell, 0.5) | {"seconds": 1.0}
+
+    monkeypatch.setattr("pelton.bench.worker.train", train)
+    journal, told = Journal(tmp_path / "bench.jsonl"), list[str]()
+    found = work(grid, journal, told.append)
+    assert found.trained == 2
+    assert set(found.failed.values()) == {"CUDA out of memory. Tried to allocate 2 GiB."}
+    assert [line["method"] for line in journal.records()] == ["lora", "lora"]
+
+    def mistaken(grid: Grid, cell: Cell) -> dict[str, Any]:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr("pelton.bench.worker.train", mistaken)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        work(grid, journal, told.append)
+
+
 def test_from_the_command_line(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "bench.jsonl"
     options = ["--data", str(place / "data"), "--backbone", str(place / "backbone"), "--tasks", "cola"]
@@ -315,6 +577,18 @@ def test_from_the_command_line(place: Path, tmp_path: Path, capsys: pytest.Captu
     assert run(["bench", "--methods", "lorra", "--limit", "0"]) == 2
     assert "Did you mean 'lora'?" in capsys.readouterr().err
     assert run(["bench", "--examples", "many"]) == 2
+    (tmp_path / "file").write_text("")
+    capsys.readouterr()
+    assert run(["bench", *options, "--report", str(tmp_path / "file")]) == 2
+    assert "is no folder and cannot become one" in capsys.readouterr().err
+    assert run(["bench", *options, "--out", str(tmp_path)]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    assert run(["bench", *options, "--out", str(tmp_path / "none.jsonl"), "--limit", "0"]) == 0
+    assert "none.jsonl is no file yet: no run is finished." in capsys.readouterr().err
+    assert not (tmp_path / "none.jsonl").exists()
+    twice = ["--methods", "lora,lora", "--tasks", "cola,cola", "--examples", "8,8"]
+    assert run(["bench", *options, *twice]) == 0
+    assert capsys.readouterr().out.count("| lora |") == 1
     assert run(["bench", "--tasks", "conll2003", "--out", str(tmp_path / "new.jsonl")]) == 2
     assert "conll2003 cannot be had without a folder" in capsys.readouterr().err
     capsys.readouterr()

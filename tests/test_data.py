@@ -10,18 +10,23 @@ from typing import Any
 
 import datasets
 import pytest
+from PIL import Image
 from transformers import AutoTokenizer
 
-from pelton.errors import DataError
+from fits import At, Make, press_ctrl_c
+from pelton.errors import DataError, TrainingError
 from pelton.tasks.base import Examples
 from pelton.tasks.classification import ClassificationSettings
 from pelton.tasks.columns import find_texts
 from pelton.tasks.files import read_table
+from pelton.tasks.images import ImageSettings
 from pelton.tasks.labels import find_labels
 from pelton.tasks.load import load_task
 from pelton.tasks.sampling import few_shot, hold_back
-from pelton.tasks.splits import load_splits
+from pelton.tasks.splits import absolute_places, load_splits
 from pelton.tasks.tables import Table, from_dataset
+from pelton.training.fit import Interrupted, fit, resume
+from pelton.training.run import Run
 from tiny import save_data, save_tokenizer, sentences, write_csv, write_jsonl
 
 
@@ -373,3 +378,137 @@ def test_a_hub_data_set_is_read_by_its_splits(monkeypatch: pytest.MonkeyPatch) -
     assert set(splits) == {"train", "validation", "test"}
     with pytest.raises(DataError, match=r"owner/name has no split 'tset_easy'. Did you mean 'test_easy'\?"):
         load_splits(task("owner/name", test="tset_easy"))
+
+
+@pytest.mark.parametrize("word", ["train", "training"])
+def test_rows_are_held_back_from_a_file_that_is_named_in_a_word(tmp_path: Path, word: str) -> None:
+    path = write_csv(tmp_path / "a.csv", sentences(40))
+    loaded = load_task(task(path, validation=word), seed=0)
+    assert {split: len(rows) for split, rows in loaded.splits.items()} == {"train": 36, "validation": 4}
+    with pytest.raises(DataError, match=r"task.test names the training rows \(.*a.csv\)"):
+        load_splits(task(path, test=word))
+    path.rename(tmp_path / "training.csv")
+    assert set(load_splits(task(tmp_path, validation="train"))) == {"train"}
+
+
+def test_a_file_is_known_by_another_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = write_csv(tmp_path / "a.csv", sentences(40))
+    assert set(load_splits(task("a.csv", validation=str(path)))) == {"train"}
+    with pytest.raises(DataError, match=r"task.test names the training rows"):
+        load_splits(task("a.csv", test=str(path)))
+
+
+@pytest.mark.parametrize(("count", "settings"), [(8, {}), (9, {}), (3, {}), (8, {"shots": 3}), (8, {"examples": 7})])
+def test_of_few_rows_one_is_held_back(tmp_path: Path, count: int, settings: dict[str, int]) -> None:
+    write_jsonl(tmp_path / "train.jsonl", sentences(count))
+    loaded = load_task(task(tmp_path, **settings), seed=0)
+    assert len(loaded.splits["validation"]) == 1
+    assert not set(loaded.rows["train"]) & set(loaded.rows["validation"])
+    assert not [note for note in loaded.notes if "too few" in note]
+
+
+@pytest.mark.parametrize(("count", "settings"), [(2, {}), (8, {"shots": 4}), (8, {"examples": 8})])
+def test_rows_too_few_to_hold_one_back_say_so(tmp_path: Path, count: int, settings: dict[str, int]) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", sentences(count))
+    loaded = load_task(task(tmp_path, **settings), seed=0)
+    assert {split: len(rows) for split, rows in loaded.splits.items()} == {"train": count}
+    assert [note for note in loaded.notes if f"{path}: {count} training rows are too few to hold one back" in note]
+    for without in ({"validation_fraction": 0.0}, {"validation_examples": 0}):
+        assert load_task(task(tmp_path, **settings, **without), seed=0).notes == []
+
+
+def save_classes(folder: Path, *names: str) -> Path:
+    for name in names:
+        (folder / name).mkdir(parents=True)
+        for index in range(10):
+            Image.new("RGB", (4, 4)).save(folder / name / f"{index}.png")
+    return folder
+
+
+def test_class_folders_are_training_rows_without_a_folder_around_them(tmp_path: Path) -> None:
+    birds = save_classes(tmp_path / "birds", "cat", "dog")
+    (birds / ".DS_Store").touch()
+    loaded = load_task(ImageSettings(data=str(birds)), seed=0)
+    assert loaded.task.labels.names == ("cat", "dog")
+    assert {split: len(rows) for split, rows in loaded.splits.items()} == {"train": 18, "validation": 2}
+    for spoil in ("notes.md", "test", "tables"):
+        other = save_classes(tmp_path / spoil / "birds", "cat", "dog")
+        if spoil == "notes.md":
+            (other / spoil).touch()
+        else:
+            (other / spoil).mkdir()
+        if spoil == "tables":
+            write_jsonl(other / spoil / "train.jsonl", sentences(4))
+        with pytest.raises(DataError, match=r"has no training file.*one folder of images a class, such as .*birds/cat"):
+            load_task(ImageSettings(data=str(other)), seed=0)
+
+
+# ---- runs --------------------------------------------------------------------------------------------------------
+
+
+def test_places_hold_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    inside = save_data(tmp_path / "data")
+    for name in ("a.jsonl", "dev.jsonl", "validation.jsonl", "blob"):
+        write_jsonl(tmp_path / name, sentences(8))
+    (tmp_path / "link.jsonl").symlink_to("blob")
+    (tmp_path / "test").mkdir()
+    found = absolute_places(task("a.jsonl", train="link.jsonl", validation="train", test="dev.jsonl"))
+    assert found == {key: str(tmp_path / f"{name}.jsonl") for key, name in
+                     {"data": "a", "train": "link", "test": "dev"}.items()}  # fmt: skip
+    found = absolute_places(task("data", train="train", validation="validation.jsonl", test="test"))
+    assert found == {"data": str(inside)}  # all three are looked for inside
+    found = absolute_places(task("data", validation="dev.jsonl", test="gone.jsonl"))
+    assert found == {"data": str(inside), "validation": str(tmp_path / "dev.jsonl")}
+    assert absolute_places(task("pelton:banking77")) == absolute_places(task("owner/name", test="test")) == {}
+
+
+def test_a_run_with_relative_files_goes_on_from_another_folder(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in (("train", 40), ("dev", 8), ("held", 16)):
+        write_jsonl(tmp_path / f"{name}.jsonl", sentences(count))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    files = {"data": "train.jsonl", "validation": "dev.jsonl", "test": "held.jsonl"}
+    with pytest.raises(Interrupted) as stopped:
+        fit(make(task=files), callbacks=[At(2, press_ctrl_c)])
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert len(Run.load(resume(stopped.value.folder).folder.path).examples()) == 16
+
+
+def interrupted(recipe: Any) -> Path:
+    with pytest.raises(Interrupted) as stopped:
+        fit(recipe, callbacks=[At(2, press_ctrl_c)])
+    return stopped.value.folder
+
+
+def test_rows_that_changed_are_noticed_when_a_run_goes_on(make: Make, tmp_path: Path) -> None:
+    data = save_data(tmp_path / "data")
+    run = interrupted(make())
+    save_data(data, train=20)
+    with pytest.raises(TrainingError, match=r"data now gives 20 train rows in place of 48 \(see .*data.json\). Put"):
+        resume(run)
+    save_data(data)
+    (data / "test.jsonl").unlink()
+    with pytest.raises(TrainingError, match="now gives 0 test rows in place of 16"):
+        resume(run)
+    save_data(data)
+    assert resume(run).folder.phase == "finished"
+    run = interrupted(make(task={"examples": 12}))
+    save_data(data, train=40)
+    with pytest.raises(TrainingError, match="now gives other train rows"):
+        resume(run)
+
+
+def test_runs_that_know_less_of_their_rows_go_on(make: Make, tmp_path: Path) -> None:
+    save_data(tmp_path / "data", test=0)
+    run = interrupted(make())
+    save_data(tmp_path / "data")  # a test that comes later, or that a blind run did not see, changes no training
+    kept = json.loads((run / "data.json").read_text())
+    (run / "data.json").write_text(json.dumps({"notes": kept["notes"], "examples": kept["examples"]}))
+    assert resume(run).folder.read("metrics")["test"]
+    run = interrupted(make())
+    (run / "data.json").write_text(json.dumps({"notes": []}))
+    assert resume(run).folder.phase == "finished"

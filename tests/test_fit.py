@@ -156,9 +156,11 @@ def test_ctrl_c_leaves_the_signal_as_it_was(make: Make) -> None:
 
 def test_texts_that_fill_their_length_are_counted(make: Make) -> None:
     run = fit(make(task={"max_length": 3}, max_steps=1))
-    count = run.folder.read("metrics")["train_examples"]
-    note = f"{count} of {count} training texts fill task.max_length; what is longer was cut"
-    assert run.folder.read("data")["notes"] == [note]
+    sizes = run.folder.read("data")["examples"]
+    assert run.folder.read("data")["notes"] == [
+        f"{count} of {count} {split} texts fill task.max_length; what is longer was cut"
+        for split, count in (("training", sizes["train"]), ("validation", sizes["validation"]), ("test", sizes["test"]))
+    ]
 
 
 def test_an_interrupted_run_keeps_its_early_stopping_count(make: Make) -> None:

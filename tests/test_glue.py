@@ -94,6 +94,52 @@ def test_the_glue_score_is_the_mean_of_each_tasks_metrics() -> None:
     assert [glue_score(name, metrics) for name, metrics in runs.items()] == pytest.approx([0.75, 0.4, 0.6])
 
 
+@pytest.mark.parametrize("asked", [{"text_columns": ["s2"]}, {"label_column": "y"}])
+@pytest.mark.parametrize(("name", "kind"), [("rte", "text-classification"), ("stsb", "text-regression")])
+def test_columns_are_not_asked_for(asked: dict[str, Any], name: str, kind: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{next(iter(asked))} does not go with kind glue.*set kind={kind}"):
+        parse_recipe({"backbone": "x", "task": {"kind": "glue", "name": name, **asked}}, "test")
+
+
+def test_class_means_need_what_they_need_in_text_classification() -> None:
+    def settings(**values: Any) -> GlueSettings:
+        found = parse_recipe({"backbone": "x", "task": {"kind": "glue", "head_init": "class_means", **values}}, "test")
+        assert isinstance(found.task, GlueSettings)
+        return found.task
+
+    with pytest.raises(RecipeError, match="head_init class_means needs head mean, but got head pooler"):
+        settings(name="rte")
+    with pytest.raises(RecipeError, match="head_init class_means reads all training rows, which streaming never holds"):
+        settings(name="rte", head="mean", streaming=True)
+    assert settings(name="rte", head="mean").plain().head == "mean"
+    assert isinstance(settings(name="stsb").plain(), RegressionSettings)
+
+
+def test_a_folder_is_asked_for(tmp_path: Path) -> None:
+    file = write_jsonl(tmp_path / "train.jsonl", [{"sentence1": "a", "sentence2": "b", "label": 0}])
+    for data in (file, tmp_path / "nowhere", tmp_path / "gone.csv"):
+        with pytest.raises(DataError, match=rf"{data.name} is no folder, which kind glue expects. Set task.data to"):
+            load_task(GlueSettings(name="rte", data=str(data)), seed=0)
+
+
+def test_a_folder_is_streamed(tmp_path: Path) -> None:
+    for name in ("rte", "mnli"):
+        columns = GLUE[name].columns
+        (tmp_path / name).mkdir()
+        for split in ("train", GLUE[name].test):
+            rows = [{**dict.fromkeys(columns, "a"), "label": i % 2} for i in range(8)]
+            write_jsonl(tmp_path / name / f"{split}.jsonl", rows)
+        settings = GlueSettings(name=name, data=str(tmp_path), streaming=True, validation_examples=0)  # type: ignore[arg-type]
+        loaded = load_task(settings, seed=0)
+        assert loaded.task.labels.names == ("0", "1", "2")[: GLUE[name].classes]  # type: ignore[attr-defined]
+        assert set(loaded.splits) == {"test"}
+    with pytest.raises(DataError, match=r"task.streaming cannot hold validation rows back"):
+        load_task(GlueSettings(name="rte", data=str(tmp_path), streaming=True), seed=0)
+    (tmp_path / "rte" / "label_names.json").write_text('["yes", "no"]')
+    settings = GlueSettings(name="rte", data=str(tmp_path), streaming=True, validation_examples=0)
+    assert load_task(settings, seed=0).task.labels.names == ("yes", "no")  # type: ignore[attr-defined]
+
+
 # ---- metrics -----------------------------------------------------------------------------------------------------
 
 

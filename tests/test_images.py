@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from collections.abc import Callable
 from io import BytesIO
@@ -200,6 +201,51 @@ def test_archives_that_are_wrong(tmp_path: Path) -> None:
         pass
     with pytest.raises(DataError, match=r"holds no images. Expected one folder a class, such as train/cat/0001.jpg"):
         load_task(ImageSettings(data=str(tmp_path)), seed=0)
+
+
+def test_an_archive_may_be_named_in_capitals(data: Path) -> None:
+    (as_zips(data) / "train.zip").rename(data / "a.ZIP")
+    assert (
+        len(load_task(ImageSettings(data=str(data / "a.ZIP"), validation_fraction=0.0), seed=0).splits["train"]) == 16
+    )
+
+
+def _flag_as_encrypted(data: bytearray) -> None:
+    for mark, place in ((b"PK\x01\x02", 8), (b"PK\x03\x04", 6)):
+        for found in re.finditer(re.escape(mark), bytes(data)):
+            data[found.start() + place] |= 1
+
+
+def _name_another_compression(data: bytearray) -> None:
+    for mark, place in ((b"PK\x01\x02", 10), (b"PK\x03\x04", 8)):
+        for found in re.finditer(re.escape(mark), bytes(data)):
+            data[found.start() + place] = 99
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [(_flag_as_encrypted, "is encrypted"), (_name_another_compression, "compression method is not supported")],
+)
+def test_members_that_zipfile_cannot_read_are_named(
+    data: Path, spoil: Callable[[bytearray], None], reason: str
+) -> None:
+    archive = as_zips(data) / "train.zip"
+    spoilt = bytearray(archive.read_bytes())
+    spoil(spoilt)
+    archive.write_bytes(spoilt)
+    with pytest.raises(
+        DataError, match=rf"row 1, .*train/blue/0000.jpg cannot be decoded .*{reason}.*Replace or remove"
+    ):
+        load_task(ImageSettings(data=str(data)), seed=0)
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_images_of_32_bits_are_refused_before_training(data: Path, mode: str) -> None:
+    Image.new(mode, (8, 8)).save(data / "test" / "red" / "0009.tiff")
+    with pytest.raises(
+        DataError, match=rf"row 9, column 'image': .*0009.tiff cannot be decoded \(mode {mode}: expected 8"
+    ):
+        load_task(ImageSettings(data=str(data)), seed=0)
 
 
 # ---- pixels ------------------------------------------------------------------------------------------------------

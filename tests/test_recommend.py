@@ -92,6 +92,28 @@ def test_methods_are_compared_on_what_all_have(monkeypatch: pytest.MonkeyPatch) 
     assert "All rows were measured on all-MiniLM-L6-v2" in guess.rule[-1]
 
 
+def test_a_single_pair_has_no_error_and_waits_for_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = _rows(
+        ("cola", 1000, "lora", 0, 9.0),
+        ("cola", 1000, "full", 0, 1.0),
+        ("conll2003", 100, "lora", 0, 60.0),
+        ("conll2003", 100, "bitfit", 0, 50.0),
+    )
+    monkeypatch.setattr(module, "evidence", lambda: rows)
+    single = recommend("cola", 1000)
+    assert single.rows["error"].isna().all()
+    assert "One run each tells no methods apart: take the highest as a guess." in single.rule
+    assert "(1 pair of task and seed" in single.rule[1]
+    smaller = [("cola", 100, method, seed, 5.0 + seed) for method in ("lora", "full") for seed in (0, 1)]
+    rows = pd.concat([rows, _rows(*smaller)])
+    assert "1,000 examples: 100, on cola (2 pairs" in recommend("cola", 1000).rule[1]
+    assert recommend("cola", 1000).rows["error"].notna().all()
+    assert recommend("conll2003", 100).rows.index[0] == "lora"  # nothing like it has two
+    rows = pd.concat([rows[rows["examples"] == 1000], _rows(*[("sst2", *row[1:]) for row in smaller])])
+    alike = recommend("cola", 1000)
+    assert "text-classification tasks, which cola is like" in alike.rule[0]
+
+
 @pytest.mark.parametrize("task", ["sst2", "stsb", "conll2003", "banking77", "text-classification", "seq2seq"])
 def test_every_recommendation_is_a_recipe(task: str, tmp_path: Path) -> None:
     found = recommend(task, 300)

@@ -220,6 +220,40 @@ def test_what_streaming_cannot_do_is_refused(tmp_path: Path, backbone: Path) -> 
         fit(recipe(backbone, folder, tmp_path / "runs", None, streaming=True, labels=NAMES, validation_examples=0))
 
 
+def test_streamed_rows_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = save_data(tmp_path / "data", validation=0, test=0)
+    file = folder / "train.jsonl"
+    options = {"streaming": True, "labels": NAMES, "validation_examples": None}
+    for data, validation in ((folder, "train"), (folder, str(file)), (file, "train"), (file, "data/train.jsonl")):
+        with pytest.raises(DataError, match=r"cannot hold validation rows back. Name .* that is not trained on"):
+            load_task(settings(data, validation=validation, **options), seed=0)
+    for data, test in ((folder, "train"), (file, "train"), (file, "data/train.jsonl")):
+        with pytest.raises(DataError, match=r"task.test names the training rows \(.*train.jsonl\)"):
+            load_task(settings(data, test=test, streaming=True, labels=NAMES), seed=0)
+    with pytest.raises(DataError, match="cannot hold validation rows back"):
+        load_task(settings(folder, train="train", validation="train", **options), seed=0)
+
+
+def test_streamed_rows_of_the_hub_are_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    features = datasets.Features(text=datasets.Value("string"), label=datasets.ClassLabel(names=NAMES))
+    rows = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [0, 1]}, features=features)
+
+    def load(name: str, subset: Any = None, split: str | None = None, streaming: bool = False) -> Any:
+        given = rows.to_iterable_dataset()
+        return given if split else datasets.IterableDatasetDict(train=given, extra=given)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    for train, same in ((None, "train"), ("extra", "extra")):
+        names = {"train": train, "validation": same, "validation_examples": None}
+        with pytest.raises(DataError, match="cannot hold validation rows back"):
+            load_task(settings(Path("some/name"), streaming=True, **names), seed=0)
+        with pytest.raises(DataError, match=rf"task.test names the training rows \(some/name\[{same}\]\)"):
+            load_task(settings(Path("some/name"), train=train, test=same, streaming=True), seed=0)
+    loaded = load_task(settings(Path("some/name"), validation="extra", streaming=True), seed=0)
+    assert set(loaded.splits) == {"validation"}
+
+
 # ---- runs --------------------------------------------------------------------------------------------------------
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pandas as pd
 
 from pelton.bench.grid import Grid
+from pelton.bench.means import CANDIDATE
+from pelton.bench.sentences import counted
 from pelton.bench.statistics import complete, over_tasks
 
-CANDIDATE = "pelton"
 REDS = (6, 7)
 """Of matplotlib's twenty colours, those like the candidate's."""
 FEWEST_SPOKES = 3
@@ -25,8 +26,10 @@ def plot(grid: Grid, table: pd.DataFrame, folder: Path) -> list[Path]:
         return []
     largest = max(sizes)
     drawn = [_bars(grid, sizes[largest], largest, folder / "bench-bars.png")]
-    if len(sizes) > 1:
-        drawn.append(_curves(grid, sizes, folder / "bench-curves.png"))
+    shared = set.intersection(*(set(part["task"]) for part in sizes.values()))
+    if len(sizes) > 1 and shared:
+        parts = {size: part[part["task"].isin(shared)] for size, part in sorted(sizes.items())}
+        drawn.append(_curves(grid, parts, folder / "bench-curves.png"))
     if sizes[largest]["task"].nunique() >= FEWEST_SPOKES:
         drawn.append(_radar(grid, sizes[largest], largest, folder / "bench-radar.png"))
     return drawn
@@ -38,20 +41,20 @@ def _bars(grid: Grid, part: pd.DataFrame, size: int, path: Path) -> Path:
     figure, axes = _figure(7.0, 0.4 * len(summary) + 1.2)
     colours = [_colour(grid, name) for name in summary.index]
     axes.barh(summary.index, summary["mean"], xerr=summary["std"], color=colours, capsize=3)
-    left = max(0.0, float(summary["mean"].min()) - 10.0)
+    lowest = float(summary["mean"].min())
+    left = lowest - 10.0 if lowest < 0 else max(0.0, lowest - 10.0)
     for place, mean in enumerate(summary["mean"]):  # where no line of a deviation runs through it
         axes.text(left, place, f" {mean:.1f}", va="center", ha="left", fontsize=9)
-    axes.set_xlim(left=left)
-    axes.set_xlabel(f"mean score over {part['task'].nunique()} tasks, {size} examples")
+    axes.set_xlim(left=left, right=0.0 if summary["mean"].max() <= 0 else None)
+    axes.set_xlabel(f"mean score over {counted(part['task'].nunique(), 'task')}, {size} examples")
     return _save(figure, path)
 
 
 def _curves(grid: Grid, sizes: dict[int, pd.DataFrame], path: Path) -> Path:
-    """Draws each method's mean over the tasks that every size has, against the number of examples."""
-    shared = set.intersection(*(set(part["task"]) for part in sizes.values()))
+    """Draws each method's mean over tasks, which are the same at every size, against the number of examples."""
     figure, axes = _figure(7.0, 4.5)
     for method in grid.methods:
-        means = {n: over_tasks(part[part["task"].isin(shared)]).loc[method] for n, part in sorted(sizes.items())}
+        means = {n: over_tasks(part).loc[method] for n, part in sizes.items()}
         style: dict[str, Any] = {"lw": 3, "zorder": 3} if method == CANDIDATE else {"lw": 1.5}
         axes.plot(list(means), [row["mean"] for row in means.values()], "o-", label=method,
                   color=_colour(grid, method), **style)  # fmt: skip
@@ -59,7 +62,7 @@ def _curves(grid: Grid, sizes: dict[int, pd.DataFrame], path: Path) -> Path:
     axes.set_xticks(list(sizes), labels=[str(n) for n in sizes])
     axes.minorticks_off()
     axes.set_xlabel("training examples")
-    axes.set_ylabel(f"mean score over {len(shared)} tasks")
+    axes.set_ylabel(f"mean score over {counted(next(iter(sizes.values()))['task'].nunique(), 'task')}")
     axes.legend(fontsize=8, ncols=2)
     return _save(figure, path)
 

@@ -25,6 +25,7 @@ def summarise(records: Sequence[Record], seeds: int = 5) -> pd.DataFrame:
         records: A journal's.
         seeds: Those from 0 to this, without it.
     """
+    records = [record for record in records if "protocol" in record]
     if not records:
         return pd.DataFrame(columns=list(COLUMNS))
     settings = pd.Series([str(sorted(record["protocol"].items())) for record in records])

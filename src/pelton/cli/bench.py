@@ -40,13 +40,17 @@ def bench(
     place = None if data is None else str(data)
     protocol = Protocol(place, backbone or MINILM, precision=precision, attention=attention, fixed_steps=steps)
     grid = Grid(protocol, _names(tasks), _counts(examples), _names(methods), range(seeds))
-    journal = Journal(out)
+    journal = Journal(out, needs=("task", "fingerprint"))
+    if report is not None:
+        _make(report)
 
     def tell(line: str) -> None:
         done, every = progress(grid, journal.records())
         print(f"[{done}/{every}] {line}", file=sys.stderr, flush=True)
 
     failed = work(grid, journal, tell, limit=limit).failed
+    if not out.is_file():
+        print(f"pelton: {out} is {'a folder' if out.is_dir() else 'no file yet'}: no run is finished.", file=sys.stderr)
     print(markdown(grid, journal.records()))
     if report is not None:
         for path in write(grid, journal.records(), report):
@@ -58,12 +62,22 @@ def bench(
         raise typer.Exit(1)
 
 
+def _make(folder: Path) -> None:
+    """Makes the report's folder before anything is trained for it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise typer.BadParameter(
+            f"--report {folder} is no folder and cannot become one ({error.strerror}): name another."
+        ) from error
+
+
 def _names(text: str) -> list[str]:
-    return [name.strip() for name in text.split(",") if name.strip()]
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
 
 
 def _counts(text: str) -> list[int]:
     for count in _names(text):
         if not count.isdecimal() or int(count) < 1:
             raise typer.BadParameter(f"expected numbers of examples such as 100,500, but got {text!r}")
-    return [int(count) for count in _names(text)]
+    return list(dict.fromkeys(int(count) for count in _names(text)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
@@ -223,6 +224,7 @@ def recommendation(found: Recommendation) -> None:
     for name in ("score", "difference", "± error", "rate", "trainable"):
         grid.add_column(name, justify="right")
     for place, (method, row) in enumerate(found.rows.iterrows()):
-        behind = ("", "") if place == 0 else (f"{row['difference']:+.2f}", f"{row['error']:.2f}")
+        error = "–" if math.isnan(row["error"]) else f"{row['error']:.2f}"
+        behind = ("", "") if place == 0 else (f"{row['difference']:+.2f}", error)
         grid.add_row(str(method), f"{row['score']:.2f}", *behind, f"{row['rate']:g}", f"{int(row['trainable']):,}")
     console.print(grid)

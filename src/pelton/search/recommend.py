@@ -2,8 +2,9 @@
 
 The rule, which is printed with the rows it went by:
 
-1. Rows of the task itself count, where it was measured; else those of all tasks of its kind; else all rows.
-2. Of the measured data sizes the nearest (in its logarithm) counts at which two methods can be compared.
+1. Rows of the task itself count, where two methods can be compared on it; else those of all tasks of its kind; else
+   all rows. Two pairs of task and seed go before one, which has no error to doubt it by.
+2. Of the measured data sizes the nearest (in its logarithm) counts at which two methods can be compared, likewise.
 3. Methods are compared on the pairs of task and seed that all of them have finished; those that have finished fewer
    than half of all pairs are left out.
 4. The method with the highest mean over tasks of its mean over seeds is taken, with the learning rate that it chose
@@ -28,6 +29,8 @@ from pelton.tasks.load import TASK_KINDS
 from pelton.training.loading import parse_recipe
 from pelton.training.recipe import Recipe
 
+FEWEST_PAIRS = (2, 1)
+"""What is looked for first, and what has to do."""
 REGRESSION, CLASSIFICATION = "text-regression", "text-classification"
 
 
@@ -39,7 +42,7 @@ class Recommendation:
         recipe: For `pelton fit`; `task.data` is still to be named where nothing is known of it.
         rule: How it was chosen, in sentences.
         rows: What each compared method gave: mean score in points, difference from the chosen one and the standard
-            error of that, the rate, trainable parameters.
+            error of that (NaN of a single pair), the rate, trainable parameters.
     """
 
     recipe: Recipe
@@ -70,10 +73,11 @@ def recommend(task: str, examples: int, backbone: str = MINILM, data: str | None
     method = str(table.index[0])
     rate = float(table["rate"].iloc[0])
     tasks = ", ".join(sorted(compared["task"].unique()))
+    pairs = len(compared[["task", "seed"]].drop_duplicates())
     rule = (
         why,
         f"Nearest measured size to {examples:,} examples: {size:,}, on {tasks} "
-        f"({len(compared[['task', 'seed']].drop_duplicates())} pairs of task and seed that every method below has).",
+        f"({pairs} {'pair' if pairs == 1 else 'pairs'} of task and seed that every method below has).",
         f"Highest mean: {method}, with the learning rate it chose most often, {rate:g}.",
         *_doubts(table, backbone),
     )
@@ -97,31 +101,38 @@ def kind_of(task: str) -> str:
 
 def _alike(rows: pd.DataFrame, task: str) -> tuple[pd.DataFrame, str]:
     """Returns the rows that say something about a task, and says which these are."""
-    own = rows[rows["task"] == task]
-    if any(len(_comparable(part)) for _, part in own.groupby("examples")):
-        return own, f"Rows of {task} itself."
-    same = rows[rows["task"].map(kind_of) == kind_of(task)]
-    if any(len(_comparable(part)) for _, part in same.groupby("examples")):
-        return same, f"Rows of all {kind_of(task)} tasks, which {task} is like."
+    own = rows[rows["task"] == task], f"Rows of {task} itself."
+    same = rows[rows["task"].map(kind_of) == kind_of(task)], f"Rows of all {kind_of(task)} tasks, which {task} is like."
+    for fewest in FEWEST_PAIRS:
+        for part, why in (own, same):
+            if any(len(_comparable(at_size, fewest)) for _, at_size in part.groupby("examples")):
+                return part, why
     return rows, f"No {kind_of(task)} task was measured, so rows of all tasks: take it as a guess."
 
 
 def _nearest(rows: pd.DataFrame, examples: int) -> tuple[int, pd.DataFrame]:
     """Returns the nearest size at which methods can be compared, and its comparable rows."""
-    sizes = {int(size): _comparable(rows[rows["examples"] == size]) for size in rows["examples"].unique()}
-    known = [size for size, part in sizes.items() if len(part)]
+    by_size = {int(size): rows[rows["examples"] == size] for size in rows["examples"].unique()}
+    for fewest in FEWEST_PAIRS:
+        sizes = {size: _comparable(part, fewest) for size, part in by_size.items()}
+        known = [size for size, part in sizes.items() if len(part)]
+        if known:
+            break
     size = min(known, key=lambda one: (abs(math.log(one / examples)), one))
     return size, sizes[size]
 
 
-def _comparable(rows: pd.DataFrame) -> pd.DataFrame:
-    """Returns the results of methods with half of the pairs at least, on the pairs that all these have."""
+def _comparable(rows: pd.DataFrame, fewest: int) -> pd.DataFrame:
+    """Returns the results of methods with half of the pairs at least, on the pairs that all these have.
+
+    Nothing where that is one method, or fewer pairs than `fewest`.
+    """
     pairs = rows.groupby(["task", "seed"])["method"].nunique()
     counts = rows.groupby("method")["score"].count()
     methods = list(counts[2 * counts >= len(pairs)].index)
     part = rows[rows["method"].isin(methods)]
-    whole = part.groupby(["task", "seed"])["method"].transform("nunique") == len(methods)
-    return part[whole] if len(methods) > 1 else part[:0]
+    part = part[part.groupby(["task", "seed"])["method"].transform("nunique") == len(methods)]
+    return part if len(methods) > 1 and len(part) >= fewest * len(methods) else part[:0]
 
 
 def _compare(rows: pd.DataFrame) -> pd.DataFrame:
@@ -134,7 +145,7 @@ def _compare(rows: pd.DataFrame) -> pd.DataFrame:
         {
             "score": means,
             "difference": means - means.iloc[0],
-            "error": behind.std().fillna(0.0) / math.sqrt(len(wide)),
+            "error": behind.std() / math.sqrt(len(wide)),
             "rate": grouped["rate"].agg(lambda rates: rates.mode().min()),
             "trainable": grouped["trainable"].median(),
         }
@@ -143,14 +154,21 @@ def _compare(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _doubts(table: pd.DataFrame, backbone: str) -> list[str]:
-    close = table.iloc[1:][-table["difference"].iloc[1:] <= table["error"].iloc[1:]]
-    said = [f"Not told apart from it by one standard error: {', '.join(close.index)}."] if len(close) else []
+    if len(table) > 1 and table["error"].isna().all():
+        said = ["One run each tells no methods apart: take the highest as a guess."]
+    else:
+        said = _close(table)
     if backbone != MINILM:
         said.append(
             "All rows were measured on all-MiniLM-L6-v2 (22 million parameters). For another backbone search the rates "
             "first: pelton search FILE."
         )
     return said
+
+
+def _close(table: pd.DataFrame) -> list[str]:
+    close = table.iloc[1:][-table["difference"].iloc[1:] <= table["error"].iloc[1:]]
+    return [f"Not told apart from it by one standard error: {', '.join(close.index)}."] if len(close) else []
 
 
 def _stand_in(task: str) -> str:

@@ -181,13 +181,24 @@ class QuestionAnswering(Task[AnswerSettings]):
         """Cuts contexts into windows; see `encode_windows` for the columns."""
         return encode_windows([Question(*one) for one in inputs], targets, processor, self.settings.cut)
 
-    def left_out(self, examples: Examples, features: Any) -> tuple[str, ...]:
-        """Counts the questions whose answer is whole in no window."""
+    def left_out(self, examples: Examples, features: Any, split: str = "training") -> tuple[str, ...]:
+        """Counts the questions that were cut and, of training ones, those whose answer is whole in no window."""
+        asked = len({row for row, cut in zip(features["example"], features["asked"], strict=True) if cut})
+        limit = f"task.max_question_length {self.settings.max_question_length}"
+        cut = (f"{asked} of {len(examples)} {split} questions are longer than {limit} and were cut",) if asked else ()
+        return (*cut, *self._unheld(examples, features)) if split == "training" else cut
+
+    def _unheld(self, examples: Examples, features: Any) -> tuple[str, ...]:
         starts, ends, null = (np.asarray(features[name]) for name in (*POSITIONS, "null"))
         held = set(np.asarray(features["example"])[(starts != null) | (ends != null)].tolist())
         lost = sum(bool(gold.texts) and row not in held for row, gold in enumerate(examples.targets))
         note = f"{lost} of {len(examples)} training questions have an answer that is whole in no window; they are "
         return (f"{note}learned as unanswerable. Raise task.doc_stride or task.max_length.",) if lost else ()
+
+    def unmeasurable(self, examples: Examples) -> tuple[str, ...]:
+        """Names the metrics of questions of a kind, with or without an answer, that does not occur."""
+        found = {"answered" if gold.texts else "unanswered" for gold in examples.targets}
+        return tuple(name for name in self.metrics if name.partition("_")[0] in {"answered", "unanswered"} - found)
 
     def collator(self, processor: Any) -> Collator:
         """Pads to the longest window of a batch; where padding stands in front, positions move with the tokens."""

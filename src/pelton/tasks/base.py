@@ -174,8 +174,15 @@ class Task(ABC, Generic[SettingsT]):
         """Whether `encode` puts several examples into one feature, and so has to see all of them together."""
         return False
 
-    def left_out(self, examples: Examples, features: Any) -> tuple[str, ...]:
-        """Returns, in sentences, what `encode` left out of the training examples."""
+    def left_out(self, examples: Examples, features: Any, split: str = "training") -> tuple[str, ...]:
+        """Returns, in sentences, what was left out of a split's examples by `encode`, or by `judged` of others."""
+        return ()
+
+    def require_judgeable(self, split: str, examples: Examples, processor: Any) -> None:
+        """Raises DataError where nothing of a split's examples could be judged."""
+
+    def unmeasurable(self, examples: Examples) -> tuple[str, ...]:
+        """Returns the metrics that do not exist on these examples, whatever is predicted: they would be NaN."""
         return ()
 
     @abstractmethod

@@ -13,7 +13,7 @@ import datasets
 from pelton.errors import DataError
 from pelton.tasks.base import Collator, Examples, Task
 from pelton.tasks.causal_settings import CausalSettings
-from pelton.tasks.completions import Completion, Limits, as_dataset, ask, columns, complete
+from pelton.tasks.completions import IGNORED, Completion, Limits, as_dataset, ask, columns, complete
 from pelton.tasks.conversations import Prompt, find_fields, read_examples, read_prompts
 from pelton.tasks.decoding import Answer, Judged, Prompts, answer, collate, judge
 from pelton.tasks.packing import pack, require_packable
@@ -22,6 +22,7 @@ from pelton.tasks.tables import Table
 from pelton.tasks.templates import Chat, Continued, Formatted, Template
 from pelton.tasks.texts import require_texts, require_unicode
 
+CHUNK = 500
 END = {"head": "end", "tail": "beginning"}
 """What a response loses where an end of it is kept."""
 
@@ -147,8 +148,21 @@ class CausalLM(Task[CausalSettings]):
         """Tokenises prompts with their responses, one feature each, never packed."""
         return as_dataset(columns(self._complete(examples, processor)))
 
-    def left_out(self, examples: Examples, features: Any) -> tuple[str, ...]:
-        """Says how many examples are cut at `max_length`, and how many have nothing left to learn."""
+    def require_judgeable(self, split: str, examples: Examples, processor: Any) -> None:
+        """Raises DataError where no response has a token within `max_length`."""
+        for start in range(0, len(examples), CHUNK):
+            some = examples.take(range(start, min(start + CHUNK, len(examples))))
+            if any(one.learned for one in self._complete(some, processor)):
+                return
+        raise DataError(
+            f"Nothing is left to judge of any response of the {split} rows: all prompts fill task.max_length="
+            f"{self.settings.max_length}. Raise it, or set task.keep=tail."
+        )
+
+    def left_out(self, examples: Examples, features: Any, split: str = "training") -> tuple[str, ...]:
+        """Says how many examples are cut at `max_length`, and how many have nothing left to learn, or to judge."""
+        if split != "training":
+            return self._unjudged(features, split)
         length, total = self.settings.max_length, len(examples)
         cut, lost = ([count for counts in features[name] for count in counts] for name in ("cut", "lost"))
         shortened, gone = sum(count > 0 for count in lost), total - len(cut)
@@ -159,6 +173,15 @@ class CausalLM(Task[CausalSettings]):
             "training examples were left out: nothing to learn was left": gone,
         }
         return tuple(f"{count} of {total} {what}" for what, count in notes.items() if count)
+
+    def _unjudged(self, features: Any, split: str) -> tuple[str, ...]:
+        shortened = sum(count > 0 for (count,) in features["lost"])
+        gone = sum(all(label == IGNORED for label in labels) for labels in features["labels"])
+        notes = {
+            f"{split} responses lost their {END[self.settings.keep]} at task.max_length": shortened,
+            f"{split} examples have nothing of their response left and are not judged": gone,
+        }
+        return tuple(f"{count} of {len(features)} {what}" for what, count in notes.items() if count)
 
     def _complete(self, examples: Examples, processor: Any) -> list[Completion]:
         settings = self.settings

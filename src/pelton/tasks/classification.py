@@ -141,9 +141,9 @@ class TextClassification(Task[ClassificationSettings]):
         encoded = tokenise(inputs, processor, self.settings)
         return datasets.Dataset.from_dict(encoded if targets is None else {**encoded, "labels": list(targets)})
 
-    def left_out(self, examples: Examples, features: Any) -> tuple[str, ...]:
+    def left_out(self, examples: Examples, features: Any, split: str = "training") -> tuple[str, ...]:
         """Counts the texts that were probably cut."""
-        return full_texts(features, self.settings)
+        return full_texts(features, self.settings, split)
 
     def collator(self, processor: Any) -> Collator:
         """Pads to the longest text of a batch."""
@@ -156,6 +156,10 @@ class TextClassification(Task[ClassificationSettings]):
     def evaluate(self, examples: Examples, features: Any, outputs: Sequence[Any]) -> dict[str, float]:
         """Computes the metrics of `metrics`."""
         return class_metrics(np.asarray(outputs), np.asarray(examples.targets))
+
+    def unmeasurable(self, examples: Examples) -> tuple[str, ...]:
+        """Names the ROC area where only one of two classes occurs."""
+        return ("auroc",) if "auroc" in self.metrics and len(set(examples.targets)) < 2 else ()
 
     def predict(self, inputs: Sequence[Texts], features: Any, outputs: Sequence[Any]) -> list[ClassPrediction]:
         """Returns the classes by probability."""

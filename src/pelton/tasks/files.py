@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import json
 import zlib
@@ -11,10 +10,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 from pelton.errors import DataError
+from pelton.tasks.opening import extension, open_text
 from pelton.tasks.pictures import ARCHIVE, holds_folders, read_pictures
+from pelton.tasks.separated import csv_rows
 from pelton.tasks.squad_json import Nested, find_nested, nested_chunks, read_nested
 from pelton.tasks.tables import Row, Table, collect, from_dataset
 
@@ -23,6 +23,7 @@ def read_table(path: Path) -> Table:
     """Reads a JSONL, CSV, TSV or text (each also gzipped) or Parquet file, or images in a zip archive or folder.
 
     A text file is one row, whose column `text` holds all of it. A .json file is JSON lines too, or one of SQuAD's own.
+    Quotes in TSV are plain text, as in GLUE's, unless all of them enclose cells and it shows: see `separated.py`.
 
     Raises:
         DataError: the file is missing, of another kind, or broken; the message names the line and column.
@@ -72,24 +73,12 @@ def _whole(path: Path) -> Iterator[None]:
         raise DataError(f"{path} is not a whole gzip file ({error}). Fetch or compress it again.") from error
 
 
-def extension(path: Path) -> str:
-    """Returns `.jsonl.gz` and the like: the last suffix, with the one before it when that is compressed."""
-    return "".join(path.suffixes[-2:] if path.suffix == ".gz" else path.suffixes[-1:]).lower()
-
-
-def _open(path: Path) -> TextIO:
-    """Opens text; broken UTF-8 becomes lone surrogates, which `collect` finds and names by column."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline="")
-    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline="")
-
-
 def _read_jsonl(path: Path) -> Table:
     return collect(path, _jsonl_rows(path))
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    with _open(path) as file:
+    with open_text(path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
                 yield number, _parse_object(path, number, line)
@@ -103,8 +92,13 @@ def _read_json(path: Path) -> Table:
 def _nested(path: Path) -> Nested | None:
     if not path.is_file():
         return None
-    with _whole(path), _open(path) as file:
-        return find_nested(path, file)
+    try:
+        with _whole(path), open_text(path) as file:
+            return find_nested(path, file)
+    except DataError:
+        raise
+    except UNREADABLE:
+        return None  # as JSON lines it is refused by the line
 
 
 def _parse_object(path: Path, number: int, line: str) -> Row:
@@ -113,51 +107,16 @@ def _parse_object(path: Path, number: int, line: str) -> Row:
     except json.JSONDecodeError as error:
         text = f"{path}, line {number}: malformed JSON ({error.msg} at character {error.pos + 1})."
         raise DataError(f"{text} Expected one JSON object a line.") from error
+    except UNREADABLE as error:
+        reason = "brackets are nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise DataError(f"{path}, line {number}: JSON that cannot be read ({reason}). Correct or remove it.") from error
     if not isinstance(row, dict):
         raise DataError(f"{path}, line {number}: expected a JSON object, but got {type(row).__name__}.")
     return row
 
 
 def _read_csv(path: Path) -> Table:
-    return collect(path, _csv_rows(path))
-
-
-def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
-    with _open(path) as file:
-        reader = csv.reader(file, delimiter="\t" if ".tsv" in path.suffixes else ",", strict=True)
-        start = 1
-        header = _next_cells(path, start, reader)
-        _require_different(path, header or [])
-        while header is not None:
-            start = reader.line_num + 1
-            cells = _next_cells(path, start, reader)
-            if cells is None:
-                return
-            if cells:
-                yield start, _match_header(path, start, header, cells)
-
-
-def _require_different(path: Path, header: list[str]) -> None:
-    twice = [
-        name for name in dict.fromkeys(header) if name and header.count(name) > 1
-    ]  # spreadsheets end in unnamed ones
-    if twice:
-        raise DataError(f"{path}, line 1: more than one column is named {twice[0]!r}. Rename or remove one.")
-
-
-def _next_cells(path: Path, number: int, reader: Iterator[list[str]]) -> list[str] | None:
-    try:
-        return next(reader, None)
-    except csv.Error as error:
-        raise DataError(f"{path}, line {number}: malformed CSV ({error}).") from error
-
-
-def _match_header(path: Path, number: int, header: list[str], cells: list[str]) -> Row:
-    if len(cells) != len(header):
-        raise DataError(
-            f"{path}, line {number}: expected {len(header)} columns as in the header, but got {len(cells)}."
-        )
-    return dict(zip(header, cells, strict=True))
+    return collect(path, csv_rows(path))
 
 
 def _parquet_chunks(path: Path, size: int) -> Iterator[Table]:
@@ -199,7 +158,7 @@ def _read_parquet(path: Path) -> Table:
 
 
 def _read_text(path: Path) -> Table:
-    with _open(path) as file:
+    with open_text(path) as file:
         return collect(path, iter([(1, {"text": file.read()})]))
 
 
@@ -207,26 +166,22 @@ def _read_pictures(path: Path) -> Table:
     return Table(str(path), read_pictures(path))
 
 
+UNREADABLE = (RecursionError, ValueError)
+"""What `json` raises where JSON is nested too deeply, is malformed, or has a number of thousands of digits."""
 JSON = (".json", ".json.gz")
+
+ENDS = ("", ".gz")
+TEXTS = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".tsv": _read_csv, ".txt": _read_text}
 
 ROWS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
     f"{kind}{end}": read
-    for kind, read in {".jsonl": _jsonl_rows, ".json": _jsonl_rows, ".csv": _csv_rows, ".tsv": _csv_rows}.items()
-    for end in ("", ".gz")
+    for kind, read in {".jsonl": _jsonl_rows, ".json": _jsonl_rows, ".csv": csv_rows, ".tsv": csv_rows}.items()
+    for end in ENDS
 }
 """Rows with their lines, by extension: what can be read in parts."""
 
 READERS: dict[str, Callable[[Path], Table]] = {
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl,
-    ".json": _read_json,
-    ".json.gz": _read_json,
-    ".csv": _read_csv,
-    ".csv.gz": _read_csv,
-    ".tsv": _read_csv,
-    ".tsv.gz": _read_csv,
+    **{f"{kind}{end}": read for kind, read in TEXTS.items() for end in ENDS},
     ".parquet": _read_parquet,
-    ".txt": _read_text,
-    ".txt.gz": _read_text,
     ARCHIVE: _read_pictures,
 }

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
+from pydantic import model_validator
 
+from pelton.errors import DataError
 from pelton.tasks.classification import ClassificationSettings
+from pelton.tasks.opening import extension
 from pelton.tasks.regression import RegressionSettings
 from pelton.tasks.settings import TextSettings
+from pelton.tasks.splits import looks_local, training_file
 
 PAIR = ("sentence1", "sentence2")
 ACCURACY = ("accuracy",)
@@ -23,11 +27,12 @@ ACCURACY = ("accuracy",)
 
 @dataclass(frozen=True)
 class GlueTask:
-    """One row: its text columns, the metrics whose mean GLUE scores it by, and the split that is its test."""
+    """One row: its text columns, the metrics whose mean GLUE scores it by, the split that is its test, its classes."""
 
     columns: tuple[str, ...]
     score: tuple[str, ...]
     test: str = "validation"
+    classes: int = 2
 
 
 GLUE: dict[str, GlueTask] = {
@@ -36,7 +41,7 @@ GLUE: dict[str, GlueTask] = {
     "mrpc": GlueTask(PAIR, ("f1", "accuracy")),
     "stsb": GlueTask(PAIR, ("pearson", "spearman")),
     "qqp": GlueTask(("question1", "question2"), ("f1", "accuracy")),
-    "mnli": GlueTask(("premise", "hypothesis"), ACCURACY, "validation_matched"),
+    "mnli": GlueTask(("premise", "hypothesis"), ACCURACY, "validation_matched", 3),
     "qnli": GlueTask(("question", "sentence"), ACCURACY),
     "rte": GlueTask(PAIR, ACCURACY),
     "wnli": GlueTask(PAIR, ACCURACY),
@@ -45,7 +50,7 @@ HUB = "nyu-mll/glue"
 
 
 class GlueSettings(TextSettings):
-    """A GLUE task by its name, from the hub or a local folder.
+    """A GLUE task by its name, from the hub or a local folder; its columns follow from the name.
 
     Attributes:
         name: The task.
@@ -61,8 +66,32 @@ class GlueSettings(TextSettings):
     head: Literal["pooler", "mean"] = "pooler"
     head_init: Literal["random", "class_means"] = "random"
 
+    @model_validator(mode="after")
+    def _columns_are_given(self) -> Self:
+        for key in ("text_columns", "label_column"):
+            if getattr(self, key) is not None:
+                other = "text-regression" if self.name == "stsb" else "text-classification"
+                raise ValueError(
+                    f"{key} does not go with kind glue, whose columns are fixed: set kind={other} for others"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _means_need_the_mean(self) -> Self:
+        if self.head_init == "random" or self.name == "stsb":
+            return self
+        if self.head != "mean":
+            raise ValueError(f"head_init class_means needs head mean, but got head {self.head}")
+        if self.streaming:
+            raise ValueError("head_init class_means reads all training rows, which streaming never holds")
+        return self
+
     def plain(self) -> ClassificationSettings | RegressionSettings:
-        """Returns the classification or regression that this task is, with its columns, splits and score."""
+        """Returns the classification or regression that this task is, with its columns, splits and score.
+
+        Raises:
+            DataError: the data are a file, or a folder that does not exist.
+        """
         row = GLUE[self.name]
         values = self.model_dump(exclude={"kind", "name"} | ({"max_length"} - self.model_fields_set))
         values |= {"text_columns": row.columns, "label_column": "label", "data": self._place()}
@@ -75,11 +104,26 @@ class GlueSettings(TextSettings):
         if self.name == "stsb":
             values.pop("head_init")
             return RegressionSettings(**values)
-        return ClassificationSettings(**values)
+        settings = ClassificationSettings(**values)
+        return settings.model_copy(update={"labels": _numbers(settings, row.classes)})
 
     def _place(self) -> str:
-        inside = Path(str(self.data)).expanduser() / self.name
+        data = Path(str(self.data)).expanduser()
+        if not data.is_dir() and (data.is_file() or looks_local(str(self.data))):
+            raise DataError(
+                f"{data} is no folder, which kind glue expects. Set task.data to a folder with {self.name}/train.jsonl "
+                "(or another kind of file) and the like, or leave it out to read from the hub."
+            )
+        inside = data / self.name
         return str(inside) if inside.is_dir() else str(self.data)
+
+
+def _numbers(settings: ClassificationSettings, classes: int) -> tuple[str, ...] | None:
+    """Returns the classes of a local file that is streamed and states none: GLUE's labels are numbers from 0 on."""
+    found = training_file(settings) if settings.streaming else None
+    if found is None or found[1] is not None or extension(found[0]) == ".parquet":  # which may have names inside
+        return None
+    return tuple(str(number) for number in range(classes))
 
 
 def glue_score(name: str, metrics: Mapping[str, Any]) -> float:

@@ -11,7 +11,7 @@ from pelton.tasks.checked import IMAGES
 from pelton.tasks.columns import LABELS
 from pelton.tasks.conversations import MESSAGES, TEXT
 from pelton.tasks.conversations import PAIRS as PROMPTS
-from pelton.tasks.files import extension
+from pelton.tasks.opening import extension
 from pelton.tasks.seq2seq import PAIRS as SOURCES
 from pelton.tasks.tables import Table
 

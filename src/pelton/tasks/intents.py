@@ -142,9 +142,17 @@ class IntentClassification(TextClassification):
         if wants and (OUT not in validation or set(validation) == {OUT}):
             raise DataError(
                 f"{wants} needs validation rows of {self.settings.oos_label!r} and of intents, but got "
-                f"{len(validation)} rows without one of them. Name such a split with task.validation, "
-                "or set task.oos_threshold to a number and task.score to in_scope_accuracy."
+                f"{len(validation)} rows without one of them. Hold more rows back (task.validation_fraction), name "
+                "such a split with task.validation, or set task.oos_threshold to a number and task.score to "
+                "in_scope_accuracy."
             )
+
+    def unmeasurable(self, examples: Examples) -> tuple[str, ...]:
+        """Names the metrics of rows in or out of scope where there are none."""
+        out = {target == OUT for target in examples.targets}
+        if out == {False}:
+            return ABOUT_OUT
+        return ("accuracy", "in_scope_accuracy", "oos_auroc", "loss") if out == {True} else ()
 
     @property
     def calibrates(self) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
 
@@ -17,11 +18,14 @@ class Labels:
 
     Attributes:
         names: One name a class.
-        ids: True when numbers in the data are ids; False when a number is itself a name (a rating of 1 to 5).
+        ids: True when numbers in the data are ids, in whatever form a file has them; False when a number is itself a
+            name (a rating of 1 to 5).
+        given: Whether the recipe named them; only errors tell.
     """
 
     names: tuple[str, ...]
     ids: bool
+    given: bool = field(default=False, compare=False)
 
     @classmethod
     def restored(cls, stored: Mapping[str, Any]) -> Self:
@@ -54,11 +58,17 @@ class Labels:
     def find(self, value: Any) -> int | None:
         """Returns the id of a value from the data, or None when it is not one of the classes."""
         key = _key(value)
-        if key in self._index and not (self.ids and isinstance(value, int)):
-            return self._index[key]
-        if self.ids and key is not None and key.isdecimal() and int(key) < len(self):
+        if key is None:
+            return None
+        if self.ids and _is_id(key, len(self)):
             return int(key)
-        return None
+        if self.ids and key.isdecimal() and self._misplaced:
+            return None  # of the classes 1 and 2, 1 is the second's id and 2 its name
+        return self._index.get(key)
+
+    @cached_property
+    def _misplaced(self) -> bool:
+        return _are_misplaced(self.names)
 
     def encode(self, table: Table, column: str) -> list[int]:
         """Turns a column into ids; an unseen value is an error that names its cell and the nearest class."""
@@ -79,7 +89,9 @@ class Labels:
         guess = nearest(value, self.names)
         hint = f" Did you mean {guess!r}?" if guess else ""
         known = ", ".join(self.names[:10]) + (f", … ({len(self)} in all)" if len(self) > 10 else "")
-        return f"unseen label {value!r}.{hint} Classes of the training data: {known}."
+        return (
+            f"unseen label {value!r}.{hint} Classes of {'task.labels' if self.given else 'the training data'}: {known}."
+        )
 
 
 def find_labels(table: Table, column: str, given: Sequence[str] | None = None, partial: bool = False) -> Labels:
@@ -88,24 +100,24 @@ def find_labels(table: Table, column: str, given: Sequence[str] | None = None, p
     Args:
         table: The training rows.
         column: Their labels.
-        given: The classes, where the recipe says them; names that are whole numbers are then no ids.
+        given: The classes, where the recipe says them; if one is a number, numbers in the data are names, not ids.
         partial: Whether the table has only the first rows, in which some classes may not occur.
 
     Raises:
         DataError: a label is missing, is neither a name nor a whole number, there are fewer than two classes, or they
-            cannot be known.
+            cannot be known; or numbers may be both ids and names.
     """
     if given is not None:
         if len(set(given)) != len(given) or len(given) < 2:
             raise DataError(f"task.labels: expected two or more different classes, but got {list(given)}.")
-        return Labels(tuple(given), ids=not any(name.isdecimal() for name in given))
+        return Labels(tuple(given), ids=not any(math.isfinite(_order(name)[0]) for name in given), given=True)
     if partial and column not in table.class_names:
         raise DataError(
             f"{table.name}, column {column!r}: the classes must be known before rows are streamed. Set "
             "task.labels=[name, …], or write label_names.json beside the training file."
         )
     if column in table.class_names:
-        return Labels(table.class_names[column], ids=True)
+        return Labels(table.class_names[column], ids=_has_ids(table, column))
     keys = set()
     for row, value in enumerate(table.column(column)):
         key = _key(value)
@@ -115,6 +127,32 @@ def find_labels(table: Table, column: str, given: Sequence[str] | None = None, p
     if len(keys) < 2:
         raise DataError(f"{table.name}, column {column!r}: expected two or more classes, but got {sorted(keys)}.")
     return Labels(tuple(sorted(keys, key=_order)), ids=False)
+
+
+def _has_ids(table: Table, column: str) -> bool:
+    """Says whether numbers in a column are ids; where the source's own names are other numbers, the rows decide."""
+    names = table.class_names[column]
+    if not _are_misplaced(names):
+        return True
+    keys = {key for key in map(_key, table.column(column)) if key is not None}
+    named, ids = keys <= set(names), all(_is_id(key, len(names)) for key in keys)
+    if named and ids:
+        raise DataError(
+            f"{table.name}, column {column!r}: the numbers {', '.join(sorted(keys, key=_order))} may be ids or names, "
+            f"as the classes are named {', '.join(names[:10])}. Name the classes in words, or set task.labels to their "
+            "names, which says (of texts) that the numbers are no ids."
+        )
+    return not named
+
+
+def _are_misplaced(names: Sequence[str]) -> bool:
+    """Says whether a class is named by a number that is the id of another."""
+    values = [_order(name)[0] for name in names]
+    return any(v.is_integer() and 0 <= v < len(names) and v != place for place, v in enumerate(values))
+
+
+def _is_id(key: str, count: int) -> bool:
+    return key.isdecimal() and int(key) < count
 
 
 def _key(value: Any) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -144,9 +145,7 @@ def load_task(settings: TaskSettings, seed: int) -> Loaded:
     strata = task.strata(everything)
     name = tables["train"].name
     if "validation" not in splits:
-        wanted = settings.validation_examples
-        count = int(len(everything) * settings.validation_fraction) if wanted is None else wanted
-        rows, held = hold_back(strata, leaving_some(count, len(everything), name), seed)
+        rows, held = _hold_back(settings, task, everything, seed, name)
         if held:
             drawn["validation"] = held
             splits["validation"] = everything.take(held)
@@ -160,10 +159,43 @@ def load_task(settings: TaskSettings, seed: int) -> Loaded:
     splits["train"] = everything.take(drawn["train"])
     notes = [f"{name}: {left_out} rows are left out of training, since {reason}."] if left_out else []
     notes += [*absent_classes(names, strata, name), *held_back_for_test(settings, tables)]
+    notes += _too_few(settings, splits, len(everything), name)
     splits["train"] = replace(splits["train"], notes=(*splits["train"].notes, *notes))
     task.require_splits(splits)
     require_classes(task, everything, splits["train"], name)
     return Loaded(task, judged_classes(task, splits, tables), drawn)
+
+
+def _hold_back(
+    settings: TaskSettings, task: Task[Any], everything: Examples, seed: int, name: str
+) -> tuple[list[int], list[int]]:
+    """Splits the training rows into those that stay and those that are held back: of few rows one, if it is spared."""
+    strata, wanted = task.strata(everything), settings.validation_examples
+    count = int(len(everything) * settings.validation_fraction) if wanted is None else wanted
+    if count == 0 and wanted is None and settings.validation_fraction > 0 and len(everything) > 1:
+        rows, held = hold_back(strata, 1, seed)
+        if _suffice(settings, task, everything, rows):
+            return rows, held
+    return hold_back(strata, leaving_some(count, len(everything), name), seed)
+
+
+def _suffice(settings: TaskSettings, task: Task[Any], everything: Examples, rows: list[int]) -> bool:
+    """Says whether rows that stay have all classes, and are enough to draw from."""
+    stay, learned = everything.take(rows), {*task.learned(everything)[0]} & {*rows}
+    strata = task.strata(everything)
+    least = min(Counter(strata[row] for row in learned).values(), default=0)
+    enough = len(learned) >= (settings.examples or 1) and least >= (settings.shots or 1)
+    return enough and task.classes(stay) == task.classes(everything)
+
+
+def _too_few(settings: TaskSettings, splits: Mapping[str, Examples], count: int, name: str) -> list[str]:
+    """Says that there is no validation where a share of the rows was to be held back."""
+    if "validation" in splits or settings.validation_examples is not None or not settings.validation_fraction:
+        return []
+    return [
+        f"{name}: {count} training rows are too few to hold one back, so there is no validation and the last weights "
+        "are kept. Name other rows with task.validation, or set task.validation_fraction=0."
+    ]
 
 
 def _load_stream(settings: TaskSettings, seed: int) -> Loaded:
@@ -177,8 +209,8 @@ def _load_stream(settings: TaskSettings, seed: int) -> Loaded:
         splits["validation"] = fewer(settings, task, splits["validation"], seed, tables["validation"].name)
     elif settings.validation_fraction if settings.validation_examples is None else settings.validation_examples:
         raise DataError(
-            "task.streaming cannot hold validation rows back. Name a split or file with task.validation, or set "
-            "task.validation_examples=0 to do without."
+            "task.streaming cannot hold validation rows back. Name a split or file with task.validation that is not "
+            "trained on, or set task.validation_examples=0 to do without."
         )
     task.require_splits(splits)
     return Loaded(task, judged_classes(task, splits, tables), {}, stream)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -56,10 +57,8 @@ class Picture:
         Raises:
             DataError: the file is missing or is no whole image.
         """
-        from PIL import ImageOps
-
         with self._open() as file:
-            return self._try(lambda: _rgb(ImageOps.exif_transpose(_image(file))))
+            return self._try(lambda: _upright(_image(file)))
 
     def classes(self) -> NDArray[np.integer]:
         """Reads a mask: the class of every pixel, [Y, X].
@@ -90,7 +89,7 @@ class Picture:
         def load() -> None:
             image = _image(file)
             image.draft("RGB", (1, 1))
-            image.load()
+            _upright(image)  # all that `decode` does, so that nothing fails later
 
         with self._open() as file:
             self._try(load)
@@ -117,8 +116,14 @@ class Picture:
             raise DataError(f"{self} cannot be decoded ({reason}). Replace or remove it.") from error
 
 
-# What Pillow and zipfile raise for files that are broken or are no images; SyntaxError is Pillow's for broken PNG.
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, struct.error, zipfile.BadZipFile)
+BROKEN = (
+    *(OSError, SyntaxError, ValueError, EOFError, KeyError, IndexError, struct.error),
+    *(zipfile.BadZipFile, zlib.error, RuntimeError),
+)
+"""What Pillow and zipfile raise for files that are broken or are no images.
+
+SyntaxError is Pillow's for broken PNG; RuntimeError is zipfile's for what is encrypted, or compressed in another way.
+"""
 
 
 def read_pictures(path: Path) -> dict[str, list[Any]]:
@@ -133,7 +138,7 @@ def read_pictures(path: Path) -> dict[str, list[Any]]:
         DataError: an image is in no class folder, a class folder is empty, or there is none; an image has no mask, or
             a mask no image.
     """
-    found = dict(sorted(_in_archive(path) if path.suffix == ARCHIVE else _in_folder(path)))
+    found = dict(sorted(_in_folder(path) if path.is_dir() else _in_archive(path)))
     for name, pictures in found.items():
         if not pictures:
             raise DataError(f"{path}: the class folder {name!r} holds no images. Remove or fill it.")
@@ -204,7 +209,7 @@ def _in_archive(path: Path) -> Iterator[tuple[str, list[Picture]]]:
     """Takes the last folder of a member's name as its class, so that archives may have folders around the classes."""
     try:
         members = zipfile.ZipFile(path).infolist()
-    except (zipfile.BadZipFile, EOFError) as error:
+    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         raise DataError(f"{path} is not a whole zip archive ({error}). Fetch it again.") from error
     shown = [m for m in members if not any(part.startswith((".", "__MACOSX")) for part in m.filename.split("/"))]
     found: dict[str, list[Picture]] = {}
@@ -231,6 +236,12 @@ def _image(file: IO[bytes]) -> Image:
     from PIL import Image
 
     return Image.open(file)
+
+
+def _upright(image: Image) -> Image:
+    from PIL import ImageOps
+
+    return _rgb(ImageOps.exif_transpose(image))
 
 
 def _rgb(image: Image) -> Image:

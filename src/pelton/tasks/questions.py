@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from pelton.errors import DataError
 from pelton.tasks.tables import Table
 from pelton.tasks.texts import check_texts
 
 ID = "id"
+IMPOSSIBLE = "is_impossible"
 
 
 class Question(NamedTuple):
@@ -41,18 +44,27 @@ def read_questions(table: Table, question: str, context: str) -> list[Question]:
 def read_answers(table: Table, column: str, questions: Sequence[Question]) -> list[Gold]:
     """Reads the right answers: `{"text": […], "answer_start": […]}`, or a list of `{"text": …, "answer_start": …}`.
 
+    Where there is a column `is_impossible`, questions that it is true of have none, whatever the cell holds.
+
     Raises:
         DataError: the column is missing, a cell has another form, or an answer is not where it is said to be.
     """
     golds = []
+    impossible = table.columns.get(IMPOSSIBLE, [False] * len(table))
     for row, cell in enumerate(table.column(column)):
         where = table.where(row, column)
-        gold = _read(cell, where)
+        gold = Gold((), ()) if _is_impossible(impossible[row], table.where(row, IMPOSSIBLE)) else _read(cell, where)
         for text, start in zip(gold.texts, gold.starts, strict=True):
             if not questions[row].context.startswith(text, start):
                 raise DataError(f"{where}: {_misplaced(text, start, questions[row].context)}")
         golds.append(gold)
     return golds
+
+
+def _is_impossible(value: Any, where: str) -> bool:
+    if value is None or isinstance(value, bool | np.bool_):
+        return bool(value)
+    raise DataError(f"{where}: expected true or false, but got {value!r}.")
 
 
 def _read(cell: Any, where: str) -> Gold:

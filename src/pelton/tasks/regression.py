@@ -66,8 +66,7 @@ class TextRegression(Task[RegressionSettings]):
     def plan(cls, settings: RegressionSettings, table: Table) -> Self:
         """Finds the columns, and the scale of the training rows' targets."""
         settings = resolve_columns(settings, table)
-        values = check_values(table, columns_of(settings).label)
-        return cls(settings, float(np.mean(values)), float(np.std(values)) or 1.0)
+        return cls(settings, *find_scale(table, columns_of(settings).label))
 
     @classmethod
     def restore(cls, settings: RegressionSettings, stored: Mapping[str, Any]) -> Self:
@@ -123,9 +122,9 @@ class TextRegression(Task[RegressionSettings]):
             encoded["labels"] = [(value - self.mean) / self.deviation for value in targets]
         return datasets.Dataset.from_dict(encoded)
 
-    def left_out(self, examples: Examples, features: Any) -> tuple[str, ...]:
+    def left_out(self, examples: Examples, features: Any, split: str = "training") -> tuple[str, ...]:
         """Counts the texts that were probably cut."""
-        return full_texts(features, self.settings)
+        return full_texts(features, self.settings, split)
 
     def collator(self, processor: Any) -> Collator:
         """Pads to the longest text of a batch."""
@@ -153,13 +152,32 @@ def check_values(table: Table, column: str) -> list[float]:
     for row, value in enumerate(table.column(column)):
         number = _number(value)
         if number is None or not math.isfinite(number):
-            raise DataError(f"{table.where(row, column)}: expected a finite number, but got {value!r}. Remove the row.")
+            got = f"{value!r:.40}"
+            raise DataError(f"{table.where(row, column)}: expected a finite number, but got {got}. Remove the row.")
         values.append(number)
     return values
+
+
+def find_scale(table: Table, column: str) -> tuple[float, float]:
+    """Returns mean and deviation of a column of numbers; of equal numbers the deviation is 1.
+
+    Raises:
+        DataError: a target is no finite number, or so large that mean or deviation is none.
+    """
+    values = check_values(table, column)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, deviation = float(np.mean(values)), float(np.std(values))
+    if values and not (math.isfinite(mean) and math.isfinite(deviation)):
+        row = int(np.argmax(np.abs(values)))
+        raise DataError(
+            f"{table.where(row, column)}: the targets are too far apart for a finite mean and deviation, and "
+            f"{values[row]!r} is the farthest from 0. Scale the targets, or remove the row."
+        )
+    return mean, deviation or 1.0
 
 
 def _number(value: Any) -> float | None:
     try:
         return None if isinstance(value, bool) or value is None else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):  # the last is of whole numbers of hundreds of digits
         return None

@@ -198,8 +198,10 @@ class RunningText(Task[RunningTextSettings]):
         tokens, size = stream(examples.targets, processor), self.settings.block_size
         return features(tokens, to_judge(tokens, size, self.settings.eval_stride or size - 1), processor.unk_token_id)
 
-    def left_out(self, examples: Examples, features: Any) -> tuple[str, ...]:
-        """Says how many characters the tokenizer does not know."""
+    def left_out(self, examples: Examples, features: Any, split: str = "training") -> tuple[str, ...]:
+        """Says how many characters the tokenizer does not know; of judged texts a metric does."""
+        if split != "training":
+            return ()
         unknown = sum(count for counts in features["unknown"] for count in counts)
         total = sum(len(ids) - 1 for ids in features["input_ids"])
         if not unknown:

@@ -19,9 +19,10 @@ def few_shot(classes: Sequence[Hashable], shots: int, seed: int, names: Sequence
         taken.setdefault(classes[row], []).append(row)
     for key, rows in sorted(taken.items(), key=lambda item: str(item[0])):
         if len(rows) < shots:
-            name = key if names is None else names[key]  # type: ignore[call-overload]  # names come with numbers
+            # names come with numbers
+            name = f"stratum {key!r}" if names is None else f"class {names[key]!r}"  # type: ignore[call-overload]
             raise DataError(
-                f"task.shots asks for {shots} training examples of each class, but class {name!r} has {len(rows)}. "
+                f"task.shots asks for {shots} training examples of each {name.split()[0]}, but {name} has {len(rows)}. "
                 "Lower task.shots, or hold fewer rows back."
             )
     return sorted(row for rows in taken.values() for row in rows[:shots])

@@ -160,14 +160,14 @@ class SequenceToSequence(Task[Seq2SeqSettings]):
         """Returns features with targets, for their loss."""
         return self.encode(examples.inputs, processor, examples.targets)
 
-    def left_out(self, examples: Examples, features: Any) -> tuple[str, ...]:
+    def left_out(self, examples: Examples, features: Any, split: str = "training") -> tuple[str, ...]:
         """Counts the texts that are as long as they may be, and so were probably cut."""
         notes = []
         for column, what in (("input_ids", "source"), ("labels", "target")):
             key = f"max_{what}_length"
             full = sum(len(ids) >= getattr(self.settings, key) for ids in features[column])
             if full:
-                notes.append(f"{full} of {len(examples)} training {what}s fill task.{key}; what is longer was cut")
+                notes.append(f"{full} of {len(examples)} {split} {what}s fill task.{key}; what is longer was cut")
         return tuple(notes)
 
     def collator(self, processor: Any) -> Collator:

@@ -73,8 +73,9 @@ def collect(path: Path, rows: Iterator[tuple[int, Row]]) -> Table:
     for number, row in rows:
         for key, value in row.items():
             if isinstance(value, str) and not value.isascii():
-                _require_utf8(path, number, key, value)
+                require_utf8(value, f"{path}, line {number}, column {key!r}")
             if key not in columns:
+                require_utf8(key, f"{path}, line {number}, the column's name {key!r}")
                 columns[key] = [None] * len(lines)
             columns[key].append(value)
         lines.append(number)
@@ -84,9 +85,9 @@ def collect(path: Path, rows: Iterator[tuple[int, Row]]) -> Table:
     return Table(str(path), columns, lines)
 
 
-def _require_utf8(path: Path, number: int, column: str, value: str) -> None:
+def require_utf8(text: str, where: str) -> None:
+    """Refuses text that was no UTF-8, whose bytes became lone surrogates; `where` is what the error calls it."""
     try:
-        value.encode("utf-8")
+        text.encode("utf-8")
     except UnicodeEncodeError as error:
-        where = f"{path}, line {number}, column {column!r}"
         raise DataError(f"{where}: broken UTF-8 at character {error.start + 1}. Save the file as UTF-8.") from error

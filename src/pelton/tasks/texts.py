@@ -111,10 +111,10 @@ def _cut_one(texts: Sequence[Texts], tokenizer: Any, settings: TextSettings) -> 
     return columns
 
 
-def full_texts(features: Any, settings: TextSettings) -> tuple[str, ...]:
-    """Counts, in a sentence, the training texts that are as long as they may be."""
+def full_texts(features: Any, settings: TextSettings, split: str) -> tuple[str, ...]:
+    """Counts, in a sentence, the texts of a split that are as long as they may be."""
     full = sum(len(ids) >= settings.max_length for ids in features["input_ids"])
-    note = f"{full} of {len(features)} training texts fill task.max_length; what is longer was cut"
+    note = f"{full} of {len(features)} {split} texts fill task.max_length; what is longer was cut"
     return (note,) if full else ()
 
 

@@ -41,7 +41,7 @@ class TokenSettings(TaskSettings):
     score: tuple[str, ...] = ("f1",)
     word_column: str | None = None
     tag_column: str | None = None
-    max_length: Annotated[int, Field(ge=2)] = 128
+    max_length: Annotated[int, Field(ge=3)] = 128
     bio: Literal["strict", "repair"] = "strict"
 
 
@@ -164,12 +164,12 @@ class TokenClassification(Task[TokenSettings]):
             ]
         return datasets.Dataset.from_dict(columns)
 
-    def left_out(self, examples: Examples, features: Any) -> tuple[str, ...]:
+    def left_out(self, examples: Examples, features: Any, split: str = "training") -> tuple[str, ...]:
         """Counts the words that were cut off, and the sentences they are of."""
         cut = [list(places).count(CUT) for places in features["starts"]]
         sentences, words = sum(count > 0 for count in cut), sum(cut)
-        note = f"{words} words of {sentences} training sentences are behind task.max_length, or have no subword, and "
-        return (f"{note}are not learned from",) if words else ()
+        note = f"{words} words of {sentences} {split} sentences are behind task.max_length, or have no subword, and "
+        return (f"{note}are {'not learned from' if split == 'training' else 'predicted outside'}",) if words else ()
 
     def collator(self, processor: Any) -> Collator:
         """Pads subwords, and tags with what the loss ignores."""

@@ -11,7 +11,7 @@ import numpy as np
 from pelton.errors import DataError
 from pelton.tasks.questions import Gold, Question
 
-OWN = ("example", "begins", "ends", "null")
+OWN = ("example", "begins", "ends", "null", "asked")
 """Columns that are read after the model, and not by it."""
 CHUNK = 500
 OUTSIDE = -1
@@ -52,8 +52,9 @@ def encode_windows(inputs: Sequence[Question], targets: Sequence[Gold] | None, t
     """Returns a `datasets.Dataset` with one row a window.
 
     Beside what the model reads: `example` (the place of the question in `inputs`), `begins` and `ends` (of each token
-    in the context, -1 for tokens of the question) and `null` (the token that stands for no answer). With targets also
-    `start_positions` and `end_positions`; a window that lacks the answer points at `null` twice.
+    in the context, -1 for tokens of the question), `null` (the token that stands for no answer) and `asked` (how many
+    characters the question lost). With targets also `start_positions` and `end_positions`; a window that lacks the
+    answer points at `null` twice.
     """
     parts = []
     for first in range(0, len(inputs), CHUNK):  # lists of numbers take much more memory than a data set's columns
@@ -85,7 +86,9 @@ def _windows(inputs: Sequence[Question], tokenizer: Any, cut: Cut) -> dict[str, 
         begins.append(both[:, 0])
         ends.append(both[:, 1])
     null = [_null(ids, tokenizer.cls_token_id) for ids in encoded["input_ids"]]
-    return {**encoded, "example": examples, "begins": begins, "ends": ends, "null": null}
+    lost = [len(one.question.strip()) - len(kept) for one, kept in zip(inputs, questions, strict=True)]
+    asked = [lost[example] for example in examples]
+    return {**encoded, "example": examples, "begins": begins, "ends": ends, "null": null, "asked": asked}
 
 
 def _shorten(inputs: Sequence[Question], tokenizer: Any, longest: int) -> list[str]:

@@ -12,9 +12,10 @@ import yaml
 
 from pelton.errors import RecipeError
 from pelton.tasks.check import check_data
-from pelton.tasks.files import READERS, extension
+from pelton.tasks.files import READERS
 from pelton.tasks.findings import DataReport
 from pelton.tasks.guess import guess
+from pelton.tasks.opening import extension
 from pelton.tasks.settings import TaskSettings
 from pelton.tasks.splits import PREFIX, load_splits
 from pelton.training.backbone import load_processor, quiet

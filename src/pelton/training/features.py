@@ -41,6 +41,12 @@ def training_features(data: Loaded, processor: Any, folder: Path, seed: int) -> 
     return features, task.left_out(examples, features)
 
 
+def streamed(settings: TrainingSettings) -> TrainingSettings:
+    """Returns the settings of a streamed training, which has no epochs: it is looked at ten times in all."""
+    every = settings.evaluate_every or max(1, (settings.max_steps or 1) // 10)
+    return settings.model_copy(update={"evaluate_every": every})
+
+
 def require_streamable(settings: TrainingSettings) -> None:
     """Raises RecipeError where training asks for what rows that are read as they come do not tell."""
     if settings.max_steps is None:

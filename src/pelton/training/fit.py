@@ -24,14 +24,13 @@ from pelton.training.folder import SEARCH, RunFolder, is_main_process, wait_for_
 from pelton.training.gate_callbacks import gate_callbacks
 from pelton.training.gate_values import record_run_gates
 from pelton.training.loading import dump_recipe, load_recipe
-from pelton.training.prepare import Prepared, environment, initialize, prepare
+from pelton.training.noted import add_notes, missing, require_same_rows
+from pelton.training.prepare import JUDGED, Prepared, environment, initialize, prepare
 from pelton.training.recipe import Recipe
 from pelton.training.run import Run
 from pelton.training.trackers import track_gates
 from pelton.training.trainer import GatedTrainer
 from pelton.training.unfrozen import save_model
-
-JUDGED = ("validation", "test", "test_mismatched")
 
 
 class Interrupted(KeyboardInterrupt):
@@ -82,7 +81,7 @@ def resume(path: Path | str, *, progress: bool = False, callbacks: Sequence[Trai
     """Goes on with a run from its last checkpoint, to the result that an uninterrupted run has.
 
     Raises:
-        TrainingError: the folder is not a run, or the run is finished.
+        TrainingError: the folder is not a run, the run is finished, or its rows have changed.
         Interrupted: Ctrl-C again.
     """
     folder = RunFolder.open(Path(path))
@@ -94,9 +93,11 @@ def resume(path: Path | str, *, progress: bool = False, callbacks: Sequence[Trai
         if folder.phase == "trained":
             run = Run.load(folder.path)
             data = load_task(run.recipe.task, run.recipe.training.seed)
+            require_same_rows(folder, data)
             with _noting(folder):
                 return _finish(run, data)
         prepared, checkpoint = prepare(load_recipe(folder.recipe)), folder.last_checkpoint()
+        require_same_rows(folder, prepared.data)
         if checkpoint is None:
             initialize(prepared)
         return _complete(folder, prepared, checkpoint, progress, callbacks)
@@ -147,8 +148,10 @@ def _train(
     settings, folder = run.recipe.training, run.folder
     examples, held = data.splits.get("train"), data.splits.get("validation")
     features, left_out = training_features(data, run.processor, folder.features, settings.seed)
-    _note(folder, left_out)
+    add_notes(folder, left_out)
     validation = None if held is None else run.task.judged(held, run.processor)
+    if held is not None:
+        add_notes(folder, run.task.left_out(held, validation, "validation"))
     trainer = GatedTrainer(
         settings,
         folder,
@@ -178,13 +181,6 @@ def _train(
     if stop.asked:
         raise KeyboardInterrupt
     return run
-
-
-def _note(folder: RunFolder, notes: Sequence[str]) -> None:
-    """Adds to the notes of a run's data; those of an interrupted training are there already."""
-    if notes and is_main_process():
-        data = folder.read("data")
-        folder.write("data", {**data, "notes": list(dict.fromkeys([*data["notes"], *notes]))})
 
 
 def _callbacks(run: Run, trainer: GatedTrainer, stop: StopBetweenSteps, few: Examples | None) -> list[TrainerCallback]:
@@ -234,7 +230,10 @@ def _finish(run: Run, data: Loaded) -> Run:
     metrics = run.folder.read("metrics")
     for split in JUDGED:
         if split in data.splits:
-            metrics[split] = run.evaluate(data.splits[split])
+            examples = data.splits[split]
+            features = run.task.judged(examples, run.processor)
+            metrics[split] = run.evaluate(examples, features)
+            add_notes(run.folder, [*run.task.left_out(examples, features, split), *missing(split, metrics[split])])
     run.folder.write("metrics", metrics)
     if isinstance(run.model, PeftModel) and is_main_process():
         record_run_gates(run, data.some())

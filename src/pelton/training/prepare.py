@@ -21,6 +21,7 @@ from pelton.tasks.base import Examples, Task
 from pelton.tasks.load import Loaded, load_task
 from pelton.tasks.positions import within
 from pelton.tasks.sampling import spread
+from pelton.tasks.splits import absolute_places
 from pelton.training.backbone import (
     adapter_config,
     attach,
@@ -32,7 +33,7 @@ from pelton.training.backbone import (
     settled,
 )
 from pelton.training.feasible import require_adapter, require_objective, require_trackers
-from pelton.training.features import require_streamable
+from pelton.training.features import require_streamable, streamed
 from pelton.training.pruning import require_prunable
 from pelton.training.recipe import Recipe, TrainingSettings
 from pelton.training.scratch import is_new, new_backbone, new_config
@@ -42,6 +43,7 @@ from pelton.tuner.controls import tuners
 from pelton.tuner.initialize import EXAMPLES, initialize_from_gradients
 from pelton.version import __version__
 
+JUDGED = ("validation", "test", "test_mismatched")
 PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "numpy")
 
 
@@ -71,9 +73,14 @@ def prepare(recipe: Recipe) -> Prepared:
     transformers.set_seed(recipe.training.seed)
     model, new, processor = _backbone(recipe, data)
     data = data.with_task(within(data.task, model))
+    if data.stream is not None:
+        recipe = recipe.model_copy(update={"training": streamed(recipe.training)})
     recipe = _resolve(recipe, data.task)
     whole = partial(_batches, data.task, _examples(data), processor, recipe.training.eval_batch_size)
     data.task.start(model, whole)
+    for split in JUDGED:
+        if split in data.splits:
+            data.task.require_judgeable(split, data.splits[split], processor)
     config = settled(config, recipe.adapter, model.config)
     if config is not None:
         model = attach(model, config, new, data.task.peft_type)
@@ -149,6 +156,14 @@ def require_feasible(settings: TrainingSettings, data: Loaded) -> None:
             f"training.metric_for_best {settings.metric_for_best!r} is no metric of this task. "
             f"Metrics: {', '.join(known)}."
         )
+    chosen = data.task.settings.score if settings.metric_for_best == "score" else (settings.metric_for_best,)
+    lost = set(data.task.unmeasurable(data.splits["validation"])) & {*chosen} if "validation" in data.splits else set()
+    if lost:
+        raise RecipeError(
+            f"{' and '.join(sorted(lost))} cannot choose the checkpoint: a kind of row that it needs is missing in the "
+            f"{len(data.splits['validation'])} validation rows. Hold other rows back, or choose by another metric "
+            "(training.metric_for_best, task.score)."
+        )
     if settings.early_stopping_patience is not None and "validation" not in data.splits:
         raise RecipeError("training.early_stopping_patience needs validation rows. Raise task.validation_fraction.")
     if data.stream is not None:
@@ -171,8 +186,7 @@ def environment() -> dict[str, Any]:
 
 def _resolve(recipe: Recipe, task: Task[Any]) -> Recipe:
     """Writes into a recipe what was found, so that its run can be resumed and used from any folder."""
-    data = Path(str(task.settings.data)).expanduser()
-    found = {"data": str(data.resolve())} if data.exists() else {}
+    found = absolute_places(task.settings)
     backbone = recipe.backbone if recipe.backbone.startswith("pkg:") else locate(recipe.backbone)
     changes = {"task": task.settings.model_copy(update=found), "backbone": backbone}
     if recipe.adapter is not None and recipe.adapter.start is not None:

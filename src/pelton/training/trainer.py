@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -172,13 +174,31 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Judges the model on the validation rows as the task does, and logs it."""
+        """Judges the model on the validation rows as the task does, and logs it.
+
+        Raises:
+            TrainingError: the model's outputs are no numbers, or there are no validation rows.
+        """
         if self.judge is None:
             raise TrainingError("There are no validation rows to evaluate on. Raise task.validation_fraction.")
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self.judge().items()}
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in self._judged(self.judge).items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _judged(self, judge: Judge) -> dict[str, float]:
+        """Judges; finite weights can give outputs that are no numbers, and metrics make anything of these."""
+        what = "the model's outputs on the validation rows are no numbers"
+        with _no_numbers(self.model) as found:
+            try:
+                values = judge()
+            except ValueError as error:  # scikit-learn's
+                if found:
+                    raise self.diverged(self.state, what) from error
+                raise
+        if not math.isfinite(values.get("loss", 0.0)) or (found and any(map(math.isnan, values.values()))):
+            raise self.diverged(self.state, what)
+        return values
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Runs one batch forward and backward.
@@ -199,3 +219,20 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
             f"Training stopped at step {state.global_step + 1}: {what}. {kept}. "
             "Lower training.learning_rate, raise training.warmup_ratio, or use precision fp32."
         )
+
+
+@contextmanager
+def _no_numbers(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Collects a model's logits that are no numbers; minus infinity is one: it stands for what is ruled out."""
+    found: list[Tensor] = []
+
+    def look(_: nn.Module, __: Any, outputs: Any) -> None:
+        logits = outputs.get("logits") if isinstance(outputs, Mapping) else None
+        if isinstance(logits, Tensor) and not found and bool((logits.isnan() | logits.isposinf()).any()):
+            found.append(logits)
+
+    hook = model.register_forward_hook(look)
+    try:
+        yield found
+    finally:
+        hook.remove()
