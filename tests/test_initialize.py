@@ -17,6 +17,7 @@ from pelton import Bottleneck, FixedGate, LoRA, MLPGate, PeltonConfig, Prefix, f
 from pelton.errors import AdapterError
 from pelton.methods import LINEAR_SITES, MethodSpec
 from pelton.training import prepare as prepares
+from pelton.training.fit import fit
 from tiny import save_data, sentences, write_jsonl
 from zoo import ARCHS, Arch
 
@@ -175,3 +176,8 @@ def test_what_cannot_be_seen_is_said() -> None:
         initialize_from_gradients(WithLoss(arch, model), [arch.inputs()])
     with pytest.raises(AdapterError, match="The loss is nan"):
         initialize_from_gradients(WithLoss(arch, model, scale=float("nan")), [arch.inputs()])
+
+
+def test_the_start_counts_as_training(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pelton.training.fit.initialize", lambda prepared: 5000.0)
+    assert fit(make(max_steps=1)).folder.read("metrics")["train_seconds"] > 5000

@@ -68,13 +68,13 @@ def fit(
         prepared = prepare(recipe)
         if blind:
             prepared = replace(prepared, data=prepared.data.without_test())
-        initialize(prepared)
+        spent = initialize(prepared)
         folder = RunFolder.create(Path(recipe.output).expanduser(), recipe.name)
         folder.write_recipe(dump_recipe(prepared.recipe))
         folder.write("task", prepared.data.task.stored())
         folder.write("data", prepared.data.describe())
         folder.write("environment", environment())
-        return _complete(folder, prepared, None, progress, callbacks)
+        return _complete(folder, prepared, None, spent, progress, callbacks)
 
 
 def resume(path: Path | str, *, progress: bool = False, callbacks: Sequence[TrainerCallback] = ()) -> Run:
@@ -98,24 +98,24 @@ def resume(path: Path | str, *, progress: bool = False, callbacks: Sequence[Trai
                 return _finish(run, data)
         prepared, checkpoint = prepare(load_recipe(folder.recipe)), folder.last_checkpoint()
         require_same_rows(folder, prepared.data)
-        if checkpoint is None:
-            initialize(prepared)
-        return _complete(folder, prepared, checkpoint, progress, callbacks)
+        spent = initialize(prepared) if checkpoint is None else 0.0
+        return _complete(folder, prepared, checkpoint, spent, progress, callbacks)
 
 
 def _complete(
     folder: RunFolder,
     prepared: Prepared,
     checkpoint: Path | None,
+    spent: float,
     progress: bool,
     callbacks: Sequence[TrainerCallback],
 ) -> Run:
-    """Trains and finishes a run."""
+    """Trains and finishes a run, on whose first weights so many seconds were spent already."""
     run = Run(folder, prepared.recipe, prepared.data.task, prepared.processor, prepared.model)
     folder.set_phase("training")
     wait_for_main_process()
     with _noting(folder):
-        run = _train(run, prepared.data, checkpoint, progress, callbacks)
+        run = _train(run, prepared.data, checkpoint, spent, progress, callbacks)
         return _finish(run, prepared.data)
 
 
@@ -141,6 +141,7 @@ def _train(
     run: Run,
     data: Loaded,
     checkpoint: Path | None,
+    spent: float,
     progress: bool,
     callbacks: Sequence[TrainerCallback],
 ) -> Run:
@@ -167,7 +168,7 @@ def _train(
     own = _callbacks(run, trainer, stop, held or examples)
     for callback in [*own, *([bar] if progress and is_main_process() else []), *callbacks]:
         trainer.add_callback(callback)
-    started = time.perf_counter()
+    started = time.perf_counter() - spent
     try:
         with stop.listening():
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -112,8 +113,13 @@ def find_processor(recipe: Recipe, data: Loaded) -> Any:
     return load_processor(recipe.backbone, data.task)
 
 
-def initialize(prepared: Prepared) -> None:
-    """Gives a new adapter saved weights, or turns its factors along the loss's gradients, as the recipe asks for it."""
+def initialize(prepared: Prepared) -> float:
+    """Gives a new adapter saved weights, or turns its factors along the loss's gradients, as the recipe asks for it.
+
+    Returns:
+        The seconds that it took, which are part of training's.
+    """
+    started = time.perf_counter()
     settings = prepared.recipe.adapter
     if settings is not None and settings.start is not None:
         _start_from(prepared.model, Path(settings.start).expanduser())
@@ -122,6 +128,7 @@ def initialize(prepared: Prepared) -> None:
         some = examples.take(spread(len(examples), EXAMPLES))
         batches = _batches(prepared.data.task, some, prepared.processor, prepared.recipe.training.eval_batch_size)
         initialize_from_gradients(prepared.model, batches)
+    return time.perf_counter() - started
 
 
 def _start_from(model: Any, folder: Path) -> None:
