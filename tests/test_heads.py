@@ -155,6 +155,7 @@ def test_class_means_start_as_sure_as_they_are_right(apart: float) -> None:
     assert ours < math.log(4) + 0.02
     if apart == 3.0:
         assert 0.7 < scale < 1.4
+        assert _calibrated_scale(f, y, means, torch.tensor(0.1)) == 0.1  # no surer than that
 
 
 def test_single_examples_and_equal_ones_have_a_scale() -> None:
@@ -173,10 +174,10 @@ def test_copies_of_texts_change_nothing(signal: float) -> None:
     y = torch.arange(120) % 3
     f = torch.randn(120, 24) + signal * torch.eye(3, 24)[y]
     means = torch.stack([f[y == k].mean(dim=0) for k in range(3)])
-    once = _calibrated_scale(f, y, means, torch.tensor(1.0))
+    once = _calibrated_scale(f, y, means, torch.tensor(1e6))
     again = torch.randperm(360)
     noisy = (f.repeat(3, 1) + 1e-6 * torch.randn(360, 24))[again]
-    torch.testing.assert_close(_calibrated_scale(noisy, y.repeat(3)[again], means, torch.tensor(1.0)), once)
+    torch.testing.assert_close(_calibrated_scale(noisy, y.repeat(3)[again], means, torch.tensor(1e6)), once)
 
 
 @pytest.mark.parametrize("rows", [100, 20_000])

@@ -90,9 +90,10 @@ class MeanPoolingClassifier(PreTrainedModel):  # type: ignore[misc]
 
         With few examples a random head spends its first steps distorting pretrained features (Kumar et al. 2022,
         arXiv 2202.10054); class means start where prototypical networks do (Snell et al. 2017, arXiv 1703.05175,
-        section 2.4). s is the one at which examples that are left out of their own mean have the least cross-entropy:
-        where means tell classes apart the head starts sure, where they do not it starts near 0. A class without
-        examples keeps its random row.
+        section 2.4). s is the one at which examples that are left out of their own mean have the least cross-entropy,
+        so that a head whose means do not tell classes apart starts near 0; and at most the one at which an example at
+        its mean exceeds the average by 4, since a head that starts surer leaves the encoder less to learn
+        (`docs/design-notes.md`). A class without examples keeps its random row.
 
         Args:
             batches: `input_ids`, `attention_mask` and `labels` [B] of the training examples.
@@ -128,7 +129,7 @@ def _calibrated_scale(f: Tensor, y: Tensor, means: Tensor, usual: Tensor) -> Ten
         f: [N, D].
         y: [N] rows of `means`.
         means: [C, D] μ_k.
-        usual: What is taken where no class has two different examples.
+        usual: The largest that is returned, and what is taken where no class has two different examples.
     """
     count, copies = torch.bincount(y)[y], _copies(f, y)  # [N]
     d = torch.cdist(f, means).square()  # [N, C]
@@ -146,7 +147,7 @@ def _calibrated_scale(f: Tensor, y: Tensor, means: Tensor, usual: Tensor) -> Ten
         p = torch.softmax(-middle.exp() / 2 * d, dim=1)
         rises = (d.gather(1, own).squeeze(1) - (p * d).sum(dim=1)).mean() > 0
         low, high = torch.where(rises, low, middle), torch.where(rises, middle, high)
-    return high.exp()
+    return torch.minimum(high.exp(), usual)
 
 
 def _copies(f: Tensor, y: Tensor) -> Tensor:
