@@ -61,15 +61,15 @@ METHODS: dict[str, Method] = {
     "full": Method(None, (5e-5, 2e-4), single=False),
     "head": Method({"preset": "head"}, (1e-3, 1e-2), single=False),
     "lora": Method({"preset": "lora"}, (1e-3, 3e-3)),
-    "lora-all": Method(_lora_everywhere(rank=8), (5e-4, 1e-3)),
+    "lora-all": Method(_lora_everywhere(rank=8), (2e-4, 1e-3)),
     "bottleneck": Method({"preset": "bottleneck"}, (1e-3, 3e-3)),
     "prefix": Method({"preset": "prefix"}, (3e-3, 1e-2)),
     "ia3": Method({"preset": "ia3"}, (3e-3, 1e-2)),
     "bitfit": Method({"preset": "bitfit"}, (1e-3, 3e-3)),
     "unipelt": Method({"preset": "unipelt"}, (1e-3, 3e-3), single=False),
-    "pelton": Method({"preset": "default"}, (5e-4, 1e-3), False, "gradient", GATE_SHARE),
-    "pelton-all": Method(_gated_everywhere(), (5e-4, 1e-3), False, "gradient", GATE_SHARE),
-    "lora-all-gradient": Method(_lora_everywhere(rank=8), (5e-4, 1e-3), False, "gradient"),
+    "pelton": Method({"preset": "default"}, (2e-4, 1e-3), False, "gradient", GATE_SHARE),
+    "pelton-all": Method(_gated_everywhere(), (2e-4, 1e-3), False, "gradient", GATE_SHARE),
+    "lora-all-gradient": Method(_lora_everywhere(rank=8), (2e-4, 1e-3), False, "gradient"),
 }
 """`pelton-all` is the default with its LoRA on every linear site, as its rival `lora-all` has it;
 `lora-all-gradient` is that rival with the start that the default has. Rivals are what their papers and PEFT say."""
