@@ -105,6 +105,19 @@ def test_what_each_kind_cannot_measure() -> None:
         assert set(lost) == {name for name, value in values.items() if np.isnan(value)}
 
 
+def test_a_loss_that_validation_rows_cannot_give_stops_nothing(make: Make, tmp_path: Path) -> None:
+    data = save_data(tmp_path / "data")
+    outside = [{"text": "the and the", "label": "oos"}] * 4
+    write_jsonl(data / "train.jsonl", [*sentences(24), *outside])
+    write_jsonl(data / "validation.jsonl", outside)
+    task = {"kind": "intent-classification", "oos_threshold": 0.5, "score": "oos_recall"}
+    run = fit(make(task=task, epochs=1))
+    assert np.isnan(run.folder.read("metrics")["validation"]["loss"])
+    assert "validation: accuracy, in_scope_accuracy, oos_auroc, loss cannot be computed on these rows" in notes(
+        run.folder
+    )
+
+
 # ---- answers, strata, streams ---------------------------------------------------------------------------------------
 
 

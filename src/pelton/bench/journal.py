@@ -97,8 +97,10 @@ class Journal:
         lacks = [key for key in self.needs if not isinstance(value, dict) or key not in value]
         if lacks or not isinstance(value, dict):
             kind = f"a JSON object with {', '.join(self.needs)}" if lacks else "a JSON object"
-            raise DataError(f"{self.path}, line {number}: expected {kind}, but got {line.decode('utf-8')[:40]!r}. "
-                            "Name another file, or remove the line.")  # fmt: skip
+            raise DataError(
+                f"{self.path}, line {number}: expected {kind}, but got {line.decode('utf-8')[:40]!r}. Name another "
+                "file, or remove the line."
+            )
         return value
 
     def _lock(self, name: str) -> FileLock:

@@ -73,11 +73,11 @@ def _make(folder: Path) -> None:
 
 
 def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _counts(text: str) -> list[int]:
     for count in _names(text):
         if not count.isdecimal() or int(count) < 1:
             raise typer.BadParameter(f"expected numbers of examples such as 100,500, but got {text!r}")
-    return list(dict.fromkeys(int(count) for count in _names(text)))
+    return [int(count) for count in _names(text)]

@@ -187,7 +187,10 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
         return metrics
 
     def _judged(self, judge: Judge) -> dict[str, float]:
-        """Judges; finite weights can give outputs that are no numbers, and metrics make anything of these."""
+        """Judges; finite weights can give outputs that are no numbers, and metrics make anything of these.
+
+        A metric that the rows themselves cannot give is NaN too, and no reason to stop.
+        """
         what = "the model's outputs on the validation rows are no numbers"
         with _no_numbers(self.model) as found:
             try:
@@ -196,7 +199,7 @@ class GatedTrainer(Trainer):  # type: ignore[misc]
                 if found:
                     raise self.diverged(self.state, what) from error
                 raise
-        if not math.isfinite(values.get("loss", 0.0)) or (found and any(map(math.isnan, values.values()))):
+        if math.isinf(values.get("loss", 0.0)) or (found and not all(map(math.isfinite, values.values()))):
             raise self.diverged(self.state, what)
         return values
 
