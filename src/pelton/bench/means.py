@@ -33,7 +33,8 @@ def mean_table(grid: Grid, table: pd.DataFrame) -> pd.DataFrame:
         every = complete(table, grid.methods, grid.tasks, size)
         for row in [*_task_rows(grid, table[table["examples"] == size], every), *_mean_rows(grid, every)]:
             rows.append({"examples": size, **row})
-    return pd.DataFrame(rows, columns=["examples", "task", "method", *OWN, *SHARED])
+    found = pd.DataFrame(rows, columns=["examples", "task", "method", *OWN, *SHARED])
+    return found.astype({"trainable": "Float64"}).round({"trainable": 0}).astype({"trainable": "Int64"})
 
 
 def _task_rows(grid: Grid, here: pd.DataFrame, every: pd.DataFrame) -> list[Row]:
